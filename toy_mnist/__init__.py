@@ -1,0 +1,1 @@
+"""Color-MNIST, the small world in which every claim about ladd is measured."""

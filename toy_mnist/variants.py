@@ -1,0 +1,157 @@
+"""What goes beyond the LADD paper, each piece a few lines that plug into `ladd.step` through `ladd.Terms`.
+
+Everything here is off unless a recipe turns it on. A term is a function (Pass, State) -> scalar; see `ladd.Pass`.
+"""
+
+import torch
+import torch.nn.functional as F
+
+import ladd
+from ladd import mean_over_heads
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The adversarial game: name -> (loss of the heads, loss of the student), both of (real logits, fake logits)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def nonsaturating_heads(real, fake):
+    """Non-saturating GAN (arXiv 1406.2661): softplus(-real) + softplus(fake)."""
+    return mean_over_heads(lambda r, f: F.softplus(-r) + F.softplus(f), real, fake)
+
+
+def nonsaturating_student(real, fake):
+    return mean_over_heads(lambda f: F.softplus(-f), fake)
+
+
+def relativistic_heads(real, fake):
+    """Relativistic pairing (arXiv 1807.00734; R3GAN, arXiv 2501.05441): softplus(fake - real). Real and fake of a pair share
+    condition, t-hat and noise, so patch is compared with patch."""
+    return mean_over_heads(lambda r, f: F.softplus(f - r), real, fake)
+
+
+def relativistic_student(real, fake):
+    return mean_over_heads(lambda r, f: F.softplus(r - f), real, fake)
+
+
+def wasserstein_heads(real, fake):
+    """Wasserstein critic (arXiv 1701.07875): fake - real. It needs `gradient_penalty`."""
+    return mean_over_heads(lambda r, f: f - r, real, fake)
+
+
+LOSSES = {"hinge": (ladd.hinge_heads, ladd.hinge_student),
+          "nonsaturating": (nonsaturating_heads, nonsaturating_student),
+          "relativistic": (relativistic_heads, relativistic_student),
+          "wasserstein": (wasserstein_heads, ladd.hinge_student)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Terms of the heads' loss
+# ---------------------------------------------------------------------------------------------------------------------
+
+def gradient_penalty(recipe):
+    """WGAN-GP (arXiv 1704.00028, eq. 3) on the heads' input features: (|grad| - 1)^2 between real and fake maps.
+
+    As in `ladd.r1_penalty` the norm is taken per place, of the gradient of the sum of a head's logits.
+    """
+    def term(p, state):
+        gen = ladd.generator("gradient penalty", float(p.t_hat[0]))
+        mix = torch.rand(len(p.x0), generator=gen).to(p.x0)
+        maps = [ladd.interpolate(a.float(), b.detach().float(), mix).requires_grad_() for a, b in zip(p.real_maps, p.fake_maps)]
+        grads = torch.autograd.grad([k.sum() for k in state.heads(maps, p.t_hat, p.head_cond, p.t)], maps, create_graph=True)
+        return recipe.gradient_penalty * torch.stack([((g.square().sum(1) + 1e-12).sqrt() - 1).square().mean() for g in grads]).mean()
+    return term
+
+
+def approximate_r1(recipe, world):
+    """Approximate R1 (APT, arXiv 2501.08316) on the re-noised sample at the same t-hat: |D(x_t) - D(x_t + s eps)|^2. +1F."""
+    def term(p, state):
+        noise = torch.randn(p.real_t.shape, generator=ladd.generator("approximate R1", float(p.t_real[0]))).to(p.real_t)
+        with torch.no_grad():
+            maps = ladd.features(world, p.real_t + recipe.approximate_r1_std * noise, p.t_real, p.cond, recipe.taps)
+        told = (p.t_real, p.head_cond, p.t)
+        clean, shaken = state.heads([m.float() for m in p.real_maps], *told), state.heads([m.float() for m in maps], *told)
+        return recipe.approximate_r1 * mean_over_heads(lambda a, b: (a - b).square(), clean, shaken)
+    return term
+
+
+def misaligned(recipe, world):
+    """Real samples under another sample's condition, labelled fake (SANA-Sprint, arXiv 2503.09641, and AMD's few-step models).
+
+    The teacher is given the wrong condition too (+1F): otherwise the heads would merely compare two conditions.
+    """
+    def term(p, state):
+        wrong = p.cond.roll(1, 0)
+        differs = (wrong != p.cond).reshape(len(wrong), -1).any(1).float()
+        with torch.no_grad():
+            maps = ladd.features(world, p.real_t, p.t_real, wrong, recipe.taps)
+        logits = state.heads([m.float() for m in maps], p.t_real, world.head_cond(wrong), p.t)
+        return recipe.misaligned * mean_over_heads(lambda f: F.relu(1 + f) * ladd.expand(differs, f), logits)
+    return term
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Terms of the student's loss, and its input
+# ---------------------------------------------------------------------------------------------------------------------
+
+def distillation(recipe):
+    """Squared error of the student's guess to the teacher's sample, for times up to `distill_below`.
+
+    At t = 1 it means something only with `paired_noise`: then x_1 is the noise that the teacher made x0 from.
+    """
+    def term(p, state):
+        error = (p.x0_hat - p.x0).square().flatten(1).mean(1)
+        return recipe.distill_weight * (error * (p.t <= recipe.distill_below)).mean()
+    term.__name__ = "distill_loss"
+    return term
+
+
+def score_distillation(recipe, world):
+    """ADD's score distillation (arXiv 2311.17042): the noised guess is shown to the teacher, whose own guess, without gradient,
+    is the target: c(t) |x0_hat - target|^2. +1F (NFSD: +2F).
+
+    exponential: c = alpha = 1 - t. sds: c = alpha w / (2 sigma) with w = sigma^2, so t (1 - t) / 2; its gradient is that of SDS
+    (arXiv 2209.14988). nfsd (arXiv 2310.17590) is an objective of its own, c = 1: the target is the guess, moved along the
+    teacher's direction towards the condition and, for t < 0.2, along its correction without condition.
+    """
+    def term(p, state):
+        x_t, t = p.fake_t.detach(), p.t_hat
+        null = torch.full_like(p.cond, 10)
+        with torch.no_grad():
+            guess = ladd.velocity_to_x0(x_t, world.teacher(x_t, t, p.cond), t)
+            if recipe.score_weighting == "nfsd":
+                free = ladd.velocity_to_x0(x_t, world.teacher(x_t, t, null), t)
+                low = ladd.expand((t < 0.2).float(), x_t)
+                guess = p.x0_hat + (guess - free) + low * (free - p.x0_hat)
+        weight = {"exponential": 1 - t, "sds": t * (1 - t) / 2, "nfsd": torch.ones_like(t)}[recipe.score_weighting]
+        return recipe.score_weight * (weight * (p.x0_hat - guess).square().flatten(1).mean(1)).mean()
+    term.__name__ = "score_loss"
+    return term
+
+
+def backward_simulation(recipe):
+    """DMD2 (arXiv 2405.14867): for t < 1 the input is what the student itself makes on its way down from the noise.
+
+    Euler steps, as at inference, for every sample down to its own t; without graph.
+    """
+    def student_input(p, student):
+        x = p.eps.clone()
+        with torch.no_grad():
+            for t, t_next in zip(recipe.times, recipe.times[1:]):
+                on = (p.t < t).nonzero()[:, 0]
+                if len(on):
+                    v = student(x[on], torch.full((len(on),), t, device=x.device), p.cond[on])
+                    x[on] = x[on] + (t_next - t) * v
+        return x
+    return student_input
+
+
+def terms(recipe, world):
+    """The `ladd.Terms` that a toy recipe asks for."""
+    heads_loss, student_loss = LOSSES[recipe.loss]
+    add_heads = [f for on, f in ((recipe.gradient_penalty, lambda: gradient_penalty(recipe)),
+                                 (recipe.approximate_r1, lambda: approximate_r1(recipe, world)),
+                                 (recipe.misaligned, lambda: misaligned(recipe, world))) if on]
+    add_student = [f for on, f in ((recipe.distill_weight, lambda: distillation(recipe)),
+                                   (recipe.score_weight, lambda: score_distillation(recipe, world))) if on]
+    return ladd.Terms(heads_loss, student_loss, backward_simulation(recipe) if recipe.backward_simulation else None,
+                      tuple(f() for f in add_heads), tuple(f() for f in add_student))

@@ -1,0 +1,234 @@
+"""The toy world: what `python ladd.py --toy` gives to the method, and what it draws and writes at the end."""
+
+import dataclasses
+import hashlib
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+import ladd
+from ladd import note
+from toy_mnist import report, variants
+from toy_mnist.edm import NULL_CLASS, CUNet, EDMVelocity, time_grid
+from toy_mnist.judge import WEIGHTS, Judge
+
+NAME = "toy"
+SHAPE = (3, 28, 28)
+CHUNK = 250                 # images sampled at once
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyRecipe(ladd.Recipe):
+    """The core's recipe, the teacher's samples, and what `variants.py` adds to the paper's losses (off by default)."""
+
+    samples: int = note(3000, "samples of the teacher to learn from", 2, 10 ** 7)
+    samples_seed: int = note(0, "keys the noise and the labels of those samples", 0, 2 ** 31)
+    teacher_steps: int = note(50, "Euler steps of the teacher on EDM's grid", 1, 1000)
+    guidance: float = note(1.3, "its classifier-free guidance w (1 = none)", 0, 100)
+    guidance_low: float = note(0.2, "guidance holds from this t ...", 0, 1)
+    guidance_high: float = note(0.8, "... to this t", 0, 1)
+    loss: str = note("hinge", "the adversarial game", choices=tuple(variants.LOSSES))
+    gradient_penalty: float = note(0.0, "weight of the gradient penalty of loss = wasserstein", 0, 1e6)
+    distill_weight: float = note(0.0, "weight of the squared error to x0, the sample that the noise led to", 0, 1e6)
+    distill_below: float = note(0.99, "... for times t up to this one (1 = all: that needs paired_noise)", 0, 1)
+    approximate_r1: float = note(0.0, "weight of approximate R1 on the re-noised sample", 0, 1e6)
+    approximate_r1_std: float = note(0.01, "noise of approximate R1", 1e-6, 1)
+    misaligned: float = note(0.0, "weight of real samples with a wrong condition as fakes", 0, 1e6)
+    score_weight: float = note(0.0, "weight of ADD's score distillation", 0, 1e6)
+    score_weighting: str = note("exponential", "its weighting over t", choices=("exponential", "sds", "nfsd"))
+    backward_simulation: bool = note(False, "train t < 1 on what the student itself makes on its way down")
+
+
+TAPS = ("enc.1", "enc.3", "mid.1", "dec.1", "dec.3")
+PAPER = ToyRecipe(taps=TAPS)
+TOY = ToyRecipe(taps=TAPS)
+RECIPES = {"toy": TOY, "paper": PAPER}
+REFERENCE = TOY
+
+
+def add_arguments(group):
+    group.add_argument("--judge-samples", type=int, default=2000, metavar="N", help="images behind each row of the table (default %(default)s)")
+    group.add_argument("--fid", default="judge", choices=("judge", "inception"), help="whose features: the toy's judge, or clean-fid's Inception (downloads its weights; needs MNIST)")
+    group.add_argument("--data-root", help="folder that holds MNIST/raw, for --fid inception (else LADD_DATA, else a download)")
+    group.add_argument("--weights", default=str(WEIGHTS), metavar="DIR", help="folder of teacher and judge (default: the shipped ones)")
+
+
+def make_world(recipe, options, device):
+    return ToyWorld(recipe, options, device)
+
+
+def load_teacher(folder, device):
+    """(EDMVelocity, about) of the shipped teacher."""
+    path = Path(folder) / "teacher.safetensors"
+    tensors, about = ladd.load_weights(path, "toy teacher", "config")
+    config = dict(about["config"])
+    velocity = EDMVelocity(CUNet(config["width"], config["emb"]), config["sigma_data"])
+    ladd.fill(velocity.net, tensors, path)
+    return velocity.to(device).eval().requires_grad_(False), about
+
+
+def null_cond(label):
+    return torch.full_like(label, NULL_CLASS)
+
+
+class Counted:
+    """A velocity that counts its evaluations, guided passes as two: `nfe` per image over n images."""
+
+    def __init__(self, velocity):
+        self.velocity, self.images = velocity, 0
+
+    def __call__(self, x_t, t, cond):
+        self.images += len(x_t)
+        return self.velocity(x_t, t, cond)
+
+
+class ToyWorld(ladd.World):
+    shape, cond_dim, early_exit, reference = SHAPE, 10, True, REFERENCE
+
+    def __init__(self, recipe, options, device):
+        if options.judge_samples < 200:
+            raise ladd.UserError(f"--judge-samples {options.judge_samples}: give at least 200, twice the judge's features in round numbers")
+        self.recipe, self.options, self.device = recipe, options, device
+        self.teacher, self.about = load_teacher(options.weights, device)
+        self.tap_root = self.teacher.net
+        self.judge = Judge(options.weights, device, options.fid, options.data_root)
+        self.class_share = torch.tensor(self.judge.about["figures"]["class_share"])
+
+    # ---- what the method asks for ------------------------------------------------------------------------------------
+
+    def head_cond(self, label):
+        return F.one_hot(label, 10).float()
+
+    def read(self, start, count):
+        index, _ = ladd.reader_indices(self.recipe.samples, start, count, self.recipe.seed)
+        return self.x0[index], self.labels[index], self.noise[index]
+
+    def terms(self):
+        return variants.terms(self.recipe, self)
+
+    def fingerprint(self):
+        """What the samples were made of: equal fingerprints, equal samples."""
+        keys = ("samples", "samples_seed", "teacher_steps", "guidance", "guidance_low", "guidance_high")
+        return {"teacher": self.about["sha256"], **{k: getattr(self.recipe, k) for k in keys}}
+
+    # ---- the teacher's samples ---------------------------------------------------------------------------------------
+
+    def draw_noise(self, n, *key):
+        """n keyed pairs of unit noise [n, 3, 28, 28] and labels [n], these as frequent as in MNIST."""
+        gen = ladd.generator(*key)
+        return torch.randn(n, *SHAPE, generator=gen), torch.multinomial(self.class_share, n, True, generator=gen)
+
+    def sample_teacher(self, velocity, noise, label):
+        r = self.recipe
+        velocity = ladd.guided(velocity, null_cond, r.guidance, (r.guidance_low, r.guidance_high))
+        return ladd.sample_euler(velocity, noise, time_grid(r.teacher_steps), label)
+
+    def prepare(self):
+        """The teacher's samples, from the cache or made now; the time that the run will take is printed first."""
+        self.print_budget(cached=self.cache_path("samples").exists())
+        self.x0, self.labels, self.noise, self.teacher_cost = self.teacher_samples("samples", self.recipe.samples)
+
+    def teacher_samples(self, name, n):
+        """n of the teacher's samples: x0 [n, ...], labels [n], noise [n, ...] that each was made from, {nfe, ms_per_image}.
+
+        Cached under `name` by a fingerprint of what made them; name keys their noise too.
+        """
+        path, made_of = self.cache_path(name), {**self.fingerprint(), "samples": n}
+        noise, labels = self.draw_noise(n, self.recipe.samples_seed, name)
+        if path.exists():
+            tensors, about = ladd.load_weights(path, "toy samples", "made_of", "cost")
+            if about["made_of"] != made_of:
+                raise ladd.UserError(f"{path}: made by other settings than this run's; delete it to have it made again")
+            return tensors["x0"].float(), labels, noise, about["cost"]
+        x0, cost = self.run_sampler(self.sample_teacher, self.teacher, noise, labels, "sample teacher")
+        ladd.save_weights(path, {"x0": x0}, {"kind": "toy samples", "made_of": made_of, "cost": cost})
+        return x0, labels, noise, cost
+
+    def cache_path(self, name):
+        digest = hashlib.sha256(json.dumps(self.fingerprint(), sort_keys=True).encode()).hexdigest()[:16]
+        return Path(self.options.out) / "cache" / f"{name}-{digest}.safetensors"
+
+    def run_sampler(self, sampler, velocity, noise, label, desc):
+        """sampler(velocity, noise, label) over all noise, in chunks: images [N, 3, 28, 28] on the CPU, {nfe, ms_per_image}."""
+        counted, parts, began = Counted(velocity), [], time.time()
+        for i in tqdm(range(0, len(noise), CHUNK), desc=desc, leave=False):
+            parts.append(sampler(counted, noise[i:i + CHUNK].to(self.device), label[i:i + CHUNK].to(self.device)).cpu())
+        n = len(noise)
+        return torch.cat(parts).clamp(-1, 1), {"nfe": round(counted.images / n, 2), "ms_per_image": (time.time() - began) / n * 1e3}
+
+    def print_budget(self, cached):
+        """Time one pass of the network and say how long each stage should take on this machine."""
+        noise, label = self.draw_noise(64, 0, "budget")
+        x, t, label = noise.to(self.device), torch.full((64,), 0.5, device=self.device), label.to(self.device)
+        with torch.no_grad():
+            self.teacher(x, t, label)
+            began = time.time()
+            for _ in range(3):
+                float(self.teacher(x, t, label).sum())
+        f, r = (time.time() - began) / 3 / 64, self.recipe
+        double = sum(r.guidance != 1 and r.guidance_low <= t <= r.guidance_high for t in time_grid(r.teacher_steps))
+        stages = {"teacher's samples": 0 if cached else f * r.samples * (r.teacher_steps + double),
+                  "distillation": f * r.iterations * r.batch * (4 + 5 / r.gen_every),
+                  "judging": f * self.options.judge_samples * 50 + 20}
+        print("expected here: " + ", ".join(f"{k} {v / 60:.1f} min" for k, v in stages.items())
+              + f"; together about {sum(stages.values()) / 60:.0f} min")
+
+    # ---- samples of the student, judged ------------------------------------------------------------------------------
+
+    def sample_student(self, steps):
+        return ladd.student_sampler(self.recipe, steps)
+
+    def sample_grid(self, student, steps, key="grid"):
+        """Ten columns, one per digit, six rows: images [60, 3, 28, 28]."""
+        noise = torch.randn(60, *SHAPE, generator=ladd.generator(self.recipe.seed, key))
+        return self.run_sampler(self.sample_student(steps), student, noise, torch.arange(60) % 10, "grid")[0]
+
+    def watch(self, student, path):
+        """A judged point of the run's curve (1,000 images per step count, on noise that the report never uses) and a grid."""
+        noise, label = self.draw_noise(min(1000, self.options.judge_samples), self.recipe.seed, "curve")
+        point = {}
+        for steps in self.reported_steps():
+            x, _ = self.run_sampler(self.sample_student(steps), student, noise, label, "judge")
+            figures = self.judge(x, label, kid=False)
+            point |= {f"{k}@{steps}": figures[k] for k in ("fid", "accuracy", "hue_entropy")}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_image(torch.cat([self.sample_grid(student, s)[:20] for s in self.reported_steps()]), path, nrow=10, normalize=True, value_range=(-1, 1))
+        n, floor = self.judge.floor_at(len(noise))
+        tqdm.write(f"real@{n} {floor:.3g}  " + "  ".join(f"{k} {v:.3g}" for k, v in point.items() if not k.startswith("accuracy")))
+        return point
+
+    def signs(self, point):
+        """Collapse as this world shows it, at the student's most steps: hues missing, or digits that cannot be read."""
+        most = self.reported_steps()[0]
+        real = self.judge.about["figures"]["hue_entropy_real"]
+        limits = {f"hue_entropy@{most}": 0.95 * real, f"accuracy@{most}": 0.8}
+        return [f"{k} {point[k]:.3f} is under {low:.3f}" for k, low in limits.items() if point[k] < low]
+
+    def reported_steps(self):
+        return [s for s in (4, 2, 1) if s <= len(self.recipe.times)]
+
+    def draw_sample(self, run, steps):
+        """--sample: a grid from a finished run."""
+        path = run / "student.safetensors"
+        if not path.exists():
+            raise ladd.UserError(f"{path}: this run has no student yet; finish it by --resume --name {run.name}")
+        student, _ = load_teacher(self.options.weights, self.device)
+        ladd.fill(student.net, ladd.load_weights(path, "toy student")[0], path)
+        target = run / f"sample-{steps}.png"
+        save_image(self.sample_grid(student, steps, "sample"), target, nrow=10, normalize=True, value_range=(-1, 1))
+        print(target)
+        return 0
+
+    def draw_start(self, path):
+        report.draw_start(self, path)
+
+    def finish(self, run, student, changed):
+        """The end of a run: the student's weights, the table, report.json, report.md and report.png."""
+        ladd.save_weights(run / "student.safetensors", student.net.state_dict(),
+                          {"kind": "toy student", "config": self.about["config"], "recipe": dataclasses.asdict(self.recipe)})
+        report.write(self, run, student, changed)
