@@ -63,7 +63,7 @@ def loss_by_sigma(velocity, data, per_sigma=512, seed=1):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m toy_mnist.teacher", description=__doc__.split("\n")[0])
     parser.add_argument("--data-root", help="folder that holds MNIST/raw (else LADD_DATA, else ./data by download)")
-    parser.add_argument("--steps", type=int, default=5000, help="training steps (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=4500, help="training steps (default %(default)s)")
     parser.add_argument("--batch", type=int, default=128, help="images per step (default %(default)s)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW (default %(default)s)")
     parser.add_argument("--width", type=int, default=48, help="channels at 14x14; twice that at 7x7 (default %(default)s)")
