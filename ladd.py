@@ -92,7 +92,7 @@ def guided(velocity, null_cond, w, interval=(0.0, 1.0)):
     interval, arXiv 2404.07724); outside it one conditional pass is made. Within a call all t must be equal (a sampler's are).
     """
     def velocity_w(x_t, t, cond):
-        if w == 1 or not interval[0] <= float(t[0]) <= interval[1]:
+        if w == 1 or not interval[0] - 1e-6 <= float(t[0]) <= interval[1] + 1e-6:      # t is float32
             return velocity(x_t, t, cond)
         pos, neg = velocity(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([cond, null_cond(cond)])).chunk(2)
         return neg + w * (pos - neg)
@@ -179,6 +179,8 @@ def tapped(root, names, forward, early_exit=True):
     finally:
         for handle in handles:
             handle.remove()
+    if missing := [name for name in names if name not in store]:
+        raise UserError(f"--taps: {missing[0]!r} is never run by this teacher")
     return [store[name] for name in names]
 
 
@@ -294,8 +296,8 @@ class Recipe:
     adv_warmup: int = note(0, "iterations over which that weight rises from 0", 0, 10 ** 9)
     r1_weight: float = note(0.0, "weight of R1 on the heads' input features, on real samples (0 = off)", 0, 1e6)
     r1_every: int = note(1, "R1 is taken every so many iterations, its weight times as many (arXiv 1912.04958)", 1, 10 ** 6)
-    clip_student: float = note(1.0, "largest gradient norm of the student", 0, 1e6)
-    clip_heads: float = note(1.0, "largest gradient norm of the heads", 0, 1e6)
+    clip_student: float = note(1.0, "largest gradient norm of the student", 1e-6, 1e6)
+    clip_heads: float = note(1.0, "largest gradient norm of the heads", 1e-6, 1e6)
     ema_half_life: float = note(10_000.0, "half-life of the student's weight average, in samples (0 = no average)", 0, 1e12)
     ema_ramp: float = note(0.1, "the half-life is at most this share of the samples seen so far", 0.001, 1)
     taps: tuple[str, ...] = note((), "modules of the teacher whose outputs the heads read, in order of depth")
@@ -326,8 +328,11 @@ def checked(field, value):
 
     def one(v):
         if isinstance(v, bool) and kind is not bool or not isinstance(v, (int, float) if kind is float else kind):
-            raise UserError(f"{field.name} = {value!r}: give {kind.__name__} values")
-        v = kind(v)
+            raise UserError(f"{field.name} = {value!r}: give {'true or false' if kind is bool else kind.__name__ + ' values'}")
+        try:
+            v = kind(v)
+        except OverflowError:
+            v = math.inf                                # an integer too large for a float: out of any range
         if meta["choices"] and v not in meta["choices"]:
             raise UserError(f"{field.name} = {v!r}: choose from {', '.join(meta['choices'])}")
         if meta["low"] is not None and not meta["low"] <= v <= meta["high"]:    # nan fails this too
@@ -540,7 +545,9 @@ def step(state, world, recipe, terms, i, device, micro_batch=None):
     if noise is not None:
         joint["noise"] = noise
     if recipe.paired_noise:
-        joint["eps"] = joint["noise"]
+        if noise is None:
+            raise UserError("paired_noise = True: this world does not store the noise that its samples were made from; set it to false")
+        joint["eps"] = noise
     metrics, share = {}, micro_batch / recipe.batch
     for start in range(0, recipe.batch, micro_batch):
         p = Pass(**{k: v[start:start + micro_batch].to(device) for k, v in joint.items()})
@@ -626,11 +633,11 @@ def student_sampler(recipe, steps):
 @torch.no_grad()
 def sample_diversity(world, student, recipe, device, pairs=256):
     """Collapse, seen from the teacher: mean distance between the features of two samples, the student's / the real ones, over
-    the same pairs of conditions, both noised to t = 1/2 with the same noise. Near 1 = healthy; it falls as the fakes grow alike.
+    the same pairs of conditions, all four noised to t = 1/2 with one noise. Near 1 = healthy; it falls as the fakes grow alike.
     """
     x0, cond, _ = world.read(0, 2 * pairs)
     gen, distance = generator(recipe.seed, "diversity"), [0.0, 0.0]
-    start, noise = torch.randn(x0.shape, generator=gen), torch.randn(x0.shape, generator=gen)
+    start, noise = torch.randn(x0.shape, generator=gen), torch.randn(x0.shape, generator=gen)[::2].repeat_interleave(2, 0)
     for k in range(0, 2 * pairs, 64):                   # neighbours are the pairs
         rows, half = slice(k, k + 64), torch.full((64,), 0.5, device=device)
         fake = student_sampler(recipe, len(recipe.times))(student, start[rows].to(device), cond[rows].to(device))
@@ -694,6 +701,7 @@ def save_weights(path, tensors, about):
     part = path.with_name(path.name + ".part")
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part)
     digest = hashlib.sha256(part.read_bytes()).hexdigest()
+    path.with_suffix(".json").unlink(missing_ok=True)   # it is written last: weights without it are not there yet
     os.replace(part, path)
     write_json(path.with_suffix(".json"), {"schema": SCHEMA, "sha256": digest, **about})
 
@@ -721,7 +729,7 @@ def unlike(old, new):
 
 
 def fill(module, tensors, path):
-    """Load tensors into module; UserError names the first key or shape that does not fit."""
+    """Load tensors into module; UserError names a key or shape that does not fit."""
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
@@ -738,18 +746,23 @@ def save_checkpoint(run, step, state, keep=2):
     dcp.save(state, checkpoint_id=part, no_dist=True)
     write_json(part / "complete.json", {f.name: f.stat().st_size for f in part.iterdir()})
     os.replace(part, final)
-    for old in sorted(folder.glob("step-*"))[:-keep]:
+    for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old)
+
+
+def checkpoints(run):
+    """A run's checkpoints, the oldest first."""
+    return sorted((Path(run) / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
 
 
 def newest_checkpoint(run):
     """The newest complete checkpoint of a run, or None; a cut-off one is passed over with a line that says so."""
-    for path in sorted((Path(run) / "checkpoints").glob("step-*"), reverse=True):
+    for path in reversed(checkpoints(run)):
         try:
             sizes = json.loads((path / "complete.json").read_text())
-            if all((path / name).stat().st_size == size for name, size in sizes.items()):
+            if sizes and all((path / name).stat().st_size == size for name, size in sizes.items()):
                 return path
-        except (OSError, ValueError):
+        except (OSError, ValueError, AttributeError):
             pass
         print(f"{path}: cut off, passed over", file=sys.stderr)
     return None
@@ -916,13 +929,15 @@ def parser_for(world_module):
 
 
 def parse_value(field, text):
-    """A recipe field's value from the command line: a number, true or false, a word; commas make a list. `checked` judges it."""
+    """A recipe field's value from the command line; commas make a list. What cannot be read stays text, for `checked` to refuse."""
+    kind = typing.get_args(field.type)[0] if typing.get_origin(field.type) is tuple else field.type
+
     def one(word):
         try:
-            return json.loads(word) if field.type not in (str, tuple[str, ...]) else word
+            return {"true": True, "false": False}.get(word.lower(), word) if kind is bool else kind(word)
         except ValueError:
             return word
-    return tuple(one(w.strip()) for w in text.split(",") if w.strip()) if typing.get_origin(field.type) is tuple else one(text)
+    return one(text) if kind is field.type else tuple(one(w.strip()) for w in text.split(",") if w.strip())
 
 
 def resolve_recipe(world_module, options):
@@ -966,6 +981,8 @@ def pick_device(name):
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
+        if torch.device(name).type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError("ladd knows cuda, mps and cpu")
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not here ({str(error).splitlines()[0]}); leave it out to have one chosen") from error
@@ -989,8 +1006,8 @@ def run_folder(options):
         taken = [int(p.name) for p in out.iterdir() if p.name.isdecimal()]
         return out / f"{max(taken, default=0) + 1:03d}"
     run = out / options.name
-    if run.parent != out or options.name in ("", ".", "..", "cache"):
-        raise UserError(f"--name {options.name!r}: give a plain folder name")
+    if run.parent != out or options.name in ("", ".", "..", "cache") or len(options.name) > 100:
+        raise UserError(f"--name {options.name[:100]!r}: give a plain folder name of at most 100 characters")
     if (options.resume or options.sample) and not (run / "config.json").exists():
         raise UserError(f"--name {options.name}: there is no such run in {out}")
     if run.exists() and not (options.resume or options.sample):

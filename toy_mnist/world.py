@@ -45,7 +45,7 @@ class ToyRecipe(ladd.Recipe):
 
 
 TAPS = ("enc.1", "enc.3", "mid.1", "dec.1", "dec.3")
-LENGTH = dict(iterations=800, batch=64, taps=TAPS)
+LENGTH = dict(iterations=600, batch=64, taps=TAPS)
 
 # The paper's method: hinge, its times and probabilities, t-hat ~ LogitNormal(1, 1) drawn for each side by itself, and the
 # adversarial loss alone. Learning rates, heads and the average are ours: the paper gives none.
@@ -137,7 +137,7 @@ class ToyWorld(ladd.World):
 
     def prepare(self):
         """The teacher's samples, from the cache or made now; the time that the run will take is printed first."""
-        self.print_budget(cached=self.cache_path("samples").exists())
+        self.print_budget(cached=self.cache_path("samples").with_suffix(".json").exists())
         self.x0, self.labels, self.noise, self.teacher_cost = self.teacher_samples("samples", self.recipe.samples)
 
     def teacher_samples(self, name, n):
@@ -147,7 +147,7 @@ class ToyWorld(ladd.World):
         """
         path, made_of = self.cache_path(name), {**self.fingerprint(), "samples": n}
         noise, labels = self.draw_noise(n, self.recipe.samples_seed, name)
-        if path.exists():
+        if path.with_suffix(".json").exists():
             tensors, about = ladd.load_weights(path, "toy samples", "made_of", "cost")
             if about["made_of"] != made_of:
                 raise ladd.UserError(f"{path}: made by other settings than this run's; delete it to have it made again")
