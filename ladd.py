@@ -427,6 +427,10 @@ class World:
         """Losses and inputs that replace or join the paper's."""
         return Terms()
 
+    def score(self, point):
+        """How good a judged point is, less is better: it chooses the run's best student."""
+        raise NotImplementedError
+
     def signs(self, point):
         """The world's own signs of collapse in a judged point: a list of phrases, empty when all is well."""
         return []
@@ -832,7 +836,7 @@ def train(world, recipe, run, options, device):
                 if options.evaluate_every and (done % options.evaluate_every == 0 and done < recipe.iterations):
                     watch(state.averaged(), world, recipe, run, options, done, log, device)
                 if done % options.checkpoint_every == 0 or done == recipe.iterations or stop:
-                    save_checkpoint(run, done, snapshot(state, done))
+                    save_checkpoint(run, done, snapshot(state, done), options.keep)
                 if stop and done < recipe.iterations:
                     raise UserError(f"stopped after iteration {done}, saved: go on with --resume --name {run.name}")
     finally:
@@ -849,6 +853,9 @@ def watch(student, world, recipe, run, options, done, log, device):
     if point["sample_diversity"] < options.least_diversity:
         signs.append(f"sample_diversity {point['sample_diversity']:.2f} is under {options.least_diversity}")
     log(done, {**point, "collapsed": float(bool(signs))})
+    best = run / "best.safetensors"                     # chosen on noise and references that no report uses
+    if world.score(point) < (json.loads(best.with_suffix(".json").read_text())["score"] if best.with_suffix(".json").exists() else math.inf):
+        world.save_student(best, student, iteration=done, score=world.score(point))
     if signs:
         tqdm.write(f"WARNING: iteration {done}: collapse? {'; '.join(signs)}; see {picture}")
         if options.stop_on_collapse:
@@ -908,6 +915,7 @@ def parser_for(world_module):
     run.add_argument("--steps", type=int, default=4, help="steps of --sample (default %(default)s)")
     run.add_argument("--evaluate-every", type=int, default=200, metavar="N", help="iterations between judged points and grids (default %(default)s; 0 = never)")
     run.add_argument("--checkpoint-every", type=int, default=200, metavar="N", help="iterations between checkpoints (default %(default)s)")
+    run.add_argument("--keep", type=int, default=2, metavar="K", help="checkpoints to keep (default %(default)s)")
     run.add_argument("--log-every", type=int, default=20, metavar="N", help="iterations averaged in a line of metrics.jsonl (default %(default)s)")
     run.add_argument("--micro-batch", type=int, metavar="N", help="samples per pass; must divide the batch (default: the batch)")
     run.add_argument("--log", choices=("tensorboard", "wandb"), help="log there too, where it is installed")
@@ -1040,7 +1048,7 @@ def run_command(argv):
     if options.resume or options.sample:
         options.recipe = options.recipe or str(run / "config.json")
     recipe = resolve_recipe(module, options)
-    for name, low in (("evaluate_every", 0), ("checkpoint_every", 1), ("log_every", 1)):
+    for name, low in (("evaluate_every", 0), ("checkpoint_every", 1), ("keep", 1), ("log_every", 1)):
         if getattr(options, name) < low:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least {low}")
     if options.micro_batch is None:

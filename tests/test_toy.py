@@ -486,22 +486,22 @@ def test_shipped_judge_reports_its_figures(shipped_judge):
     assert judged["accuracy"] == pytest.approx(float((logits.argmax(1) == label).double().mean()))
     assert judged["fid"] == pytest.approx(toy_judge.frechet(features.numpy(), shipped_judge.reference))
     assert judged["fid"] > 10 * figures["floor"]["1000"]                # bars are no digits
-    assert shipped_judge(x, label, kid=False)["kid"] is None
+    assert shipped_judge(x, label, watch=True)["kid"] is None
 
 
 def test_a_wrong_label_or_colour_shows(shipped_judge):
     grey, label = grey_digits(200)
     x = colour(grey.float() / 255, torch.full((200,), 0.6))
     own = shipped_judge.features(x)[1].argmax(1)
-    assert shipped_judge(x, own, kid=False)["accuracy"] == 1 and shipped_judge(x, (own + 1) % 10, kid=False)["accuracy"] == 0
-    one_colour = shipped_judge(x, label, kid=False)
+    assert shipped_judge(x, own, watch=True)["accuracy"] == 1 and shipped_judge(x, (own + 1) % 10, watch=True)["accuracy"] == 0
+    one_colour = shipped_judge(x, label, watch=True)
     assert one_colour["hue_entropy"] == 0 and one_colour["hue_spread_min"] == pytest.approx(0, abs=1e-4)
 
 
 def test_judge_training_on_a_few_digits(mnist_root, tmp_path):
     toy_judge.main(["--data-root", str(mnist_root), "--epochs", "1", "--out", str(tmp_path)])
     judge = toy_judge.Judge(tmp_path)
-    assert judge.reference.shape == (150, 128) and set(judge.floor) == {"150"}
+    assert judge.reference.shape == judge.watch_reference.shape == (100, 128) and set(judge.floor) == {"100"}
     assert judge.about["figures"]["class_share"] == pytest.approx([0.1] * 10)
     x, label = fake_digits(200).batch(torch.arange(200), torch.zeros(200, dtype=torch.long))
     assert all(math.isfinite(v) for v in judge(x, label).values())
@@ -520,7 +520,7 @@ def test_real_mnist_is_judged_as_the_shipped_figures_say(real_mnist, shipped_jud
     assert grey.shape == (60_000, 28, 28)
     data = ColorMNIST(grey, label, seed=1000)                           # the floor's own images and colours
     x, label = data.batch(torch.arange(10_000, 11_000), torch.full((1000,), -2))
-    judged = shipped_judge(x, label, kid=False)
+    judged = shipped_judge(x, label, watch=True)
     assert judged["fid"] == pytest.approx(shipped_judge.floor["1000"], rel=1e-2)
     assert judged["accuracy"] > 0.98 and judged["hue_entropy"] > 0.98
 

@@ -74,6 +74,12 @@ class World(ladd.World):
         self.watched.append(path)
         return {"spread": float(x.std())}
 
+    def score(self, point):
+        return point["spread"]
+
+    def save_student(self, path, student, **about):
+        ladd.save_weights(path, student.state_dict(), {"kind": "tiny student", **about})
+
 
 TAPS = ("first", "second")
 
@@ -129,4 +135,4 @@ def same(a, b):
 def options(**changes):
     """What `ladd.train` reads of the command line."""
     return types.SimpleNamespace(**{**dict(log=None, resume=False, compile=False, micro_batch=None, log_every=1, evaluate_every=0,
-                                           checkpoint_every=2, least_diversity=0.0, stop_on_collapse=False), **changes})
+                                           checkpoint_every=2, keep=2, least_diversity=0.0, stop_on_collapse=False), **changes})

@@ -24,6 +24,7 @@ from toy_mnist.data import HUE_BINS, ColorMNIST, image_hue, load_mnist
 WEIGHTS = Path(__file__).parent / "weights"
 REFERENCE = 10_000                                              # real images whose features ship: MNIST train 0 .. 9,999
 FLOOR_AT = (1_000, 2_000, 5_000, 10_000)                        # the floor uses MNIST train 10,000 .. 19,999
+WATCH = 2_000                                                   # and these, 20,000 .. 21,999, judge a run's curve alone
 
 
 class JudgeNet(nn.Module):
@@ -97,13 +98,13 @@ class Judge:
         self.device, self.which, self.floor = device, fid, self.about["figures"]["floor"]
         if fid == "judge":
             tensors, _ = ladd.load_weights(Path(weights) / "reference.safetensors", "toy reference")
-            self.reference = tensors["features"].float().numpy()
+            self.reference, self.watch_reference = tensors["features"].float().numpy(), tensors["watch"].float().numpy()
         else:                                                   # clean-fid's Inception wants the real images themselves
             self.inception = inception(device)
             data = ColorMNIST(*load_mnist(data_root))
-            images = [data.batch(torch.arange(i, i + 500), torch.full((500,), -2))[0] for i in range(0, 2 * REFERENCE, 500)]
+            images = [data.batch(torch.arange(i, i + 500), torch.full((500,), -2))[0] for i in range(0, 2 * REFERENCE + WATCH, 500)]
             real = torch.cat([self.inception(x) for x in images]).numpy()
-            self.reference = real[:REFERENCE]
+            self.reference, self.watch_reference = real[:REFERENCE], real[-WATCH:]
             self.floor = {str(n): frechet(real[REFERENCE:REFERENCE + n], self.reference) for n in FLOOR_AT}
 
     @torch.no_grad()
@@ -112,13 +113,14 @@ class Judge:
         f = torch.cat([self.net(b.to(self.device).clamp(-1, 1)) for b in x.split(500)])
         return f.cpu(), self.net.heads(f)[0].cpu()
 
-    def __call__(self, x, label, kid=True):
+    def __call__(self, x, label, watch=False):
+        """The figures of a row; with watch those of a point of the curve: against real images that no report uses, without KID."""
+        reference = self.watch_reference if watch else self.reference
         f, logits = self.features(x)
         if self.which == "inception":
             f = torch.cat([self.inception(b.clamp(-1, 1)) for b in x.split(500)])
         hue, label = image_hue(x.cpu()), label.cpu()
-        return {"fid": frechet(f.numpy(), self.reference),
-                "kid": kernel(f.numpy(), self.reference) if kid else None,
+        return {"fid": frechet(f.numpy(), reference), "kid": None if watch else kernel(f.numpy(), reference),
                 "accuracy": float((logits.argmax(1) == label).float().mean()),
                 "hue_entropy": entropy(hue), "hue_spread_min": min(hue_spread(hue, label).values()), "n": len(x)}
 
@@ -179,20 +181,22 @@ def main(argv=None):
         f = torch.cat([net(b) for b in x.split(500)])
         return f, net.heads(f)[0].argmax(1).eq(label).float().mean().item(), image_hue(x), label
 
-    n = min(REFERENCE, len(data) // 2)
+    n = min(REFERENCE, len(data) // 3)
     reference, _, hue, label = run(data, 0, n, -2)
     other, *_ = run(data, n, n, -2)
-    reference = reference.half()
+    watch, *_ = run(data, 2 * n, min(WATCH, len(data) - 2 * n), -2)
+    reference, watch = reference.half(), watch.half()
     floor = {str(k): frechet(other[:k], reference.float()) for k in FLOOR_AT if k <= n} or {str(n): frechet(other, reference.float())}
-    figures = {"test_accuracy": run(test, 0, len(test), -2)[1], "floor": floor, "hue_entropy_real": entropy(hue),
+    figures = {"test_accuracy": run(test, 0, len(test), -2)[1], "floor": floor, "watch_floor": frechet(other[:1000], watch.float()), "hue_entropy_real": entropy(hue),
                "hue_spread_real": hue_spread(hue, label), "least_feature_std": float(other.std(0).min()),
                "largest_feature_std": float(other.std(0).max()),
                "class_share": [float((data.label == c).float().mean()) for c in range(10)]}
     about = {"command": f"python -m toy_mnist.judge --epochs {args.epochs} --seed {args.seed}",
-             "data": f"MNIST train, uniform hue; reference: its first {n:,} images; floor: the next {n:,} against them",
+             "data": f"MNIST train, uniform hue; reference: its first {n:,} images; floor: the next {n:,} against them; "
+                     f"watch: the {len(watch):,} after those",
              "versions": {"torch": torch.__version__}, "figures": figures}
     ladd.save_weights(Path(args.out) / "judge.safetensors", net.state_dict(), {"kind": "toy judge", "config": net.config, **about})
-    ladd.save_weights(Path(args.out) / "reference.safetensors", {"features": reference}, {"kind": "toy reference", **about})
+    ladd.save_weights(Path(args.out) / "reference.safetensors", {"features": reference, "watch": watch}, {"kind": "toy reference", **about})
     print(figures)
 
 

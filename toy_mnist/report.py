@@ -59,13 +59,11 @@ def table_rows(world, student):
              ("DPM-Solver++@4", 4, world.teacher, lambda v, z, y: sample_dpm(guide(v), z, 4, y))]
     jobs += [(f"student@{s}", s, student, world.sample_student(s)) for s in world.reported_steps()]
 
-    first = min(n, len(world.x0))                       # the cached samples serve this row; more are made where they are too few
-    x, labels, cost = world.x0[:first], world.labels[:first], world.teacher_cost
-    if n > first:
-        more, more_labels, _, _ = world.teacher_samples(f"samples-{first}-{n}", n - first)
-        x, labels = torch.cat([x, more]), torch.cat([labels, more_labels])
+    x, labels = world.x0[:n], world.labels[:n]          # the samples that were learnt from serve this row
+    if world.more:                                      # ... and more, where they are too few
+        x, labels = torch.cat([x, world.more[0]]), torch.cat([labels, world.more[1]])
     name = f"teacher@{recipe.teacher_steps}" + (" (the samples)" if recipe.teacher_steps in (1, 4) else "")
-    rows = [{"name": name, "steps": recipe.teacher_steps, **cost, **world.judge(x, labels)}]
+    rows = [{"name": name, "steps": recipe.teacher_steps, **world.teacher_cost, **world.judge(x, labels)}]
     for name, steps, model, sampler in jobs:
         x, cost = world.run_sampler(sampler, model, noise, label, name)
         rows.append({"name": name, "steps": steps, **cost, **world.judge(x, label)})

@@ -20,6 +20,7 @@ from toy_mnist.judge import WEIGHTS, Judge
 NAME = "toy"
 SHAPE = (3, 28, 28)
 CHUNK = 250                 # images sampled at once
+PART = 500                  # images of the teacher's between two writes of its cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +139,9 @@ class ToyWorld(ladd.World):
     def prepare(self):
         """The teacher's samples, from the cache or made now; the time that the run will take is printed first."""
         self.print_budget(cached=self.cache_path("samples").with_suffix(".json").exists())
-        self.x0, self.labels, self.noise, self.teacher_cost = self.teacher_samples("samples", self.recipe.samples)
+        n, judged = self.recipe.samples, self.options.judge_samples
+        self.x0, self.labels, self.noise, self.teacher_cost = self.teacher_samples("samples", n)
+        self.more = self.teacher_samples(f"samples-{n}-{judged}", judged - n)[:2] if judged > n else None
 
     def teacher_samples(self, name, n):
         """n of the teacher's samples: x0 [n, ...], labels [n], noise [n, ...] that each was made from, {nfe, ms_per_image}.
@@ -152,8 +155,18 @@ class ToyWorld(ladd.World):
             if about["made_of"] != made_of:
                 raise ladd.UserError(f"{path}: made by other settings than this run's; delete it to have it made again")
             return tensors["x0"].float(), labels, noise, about["cost"]
-        x0, cost = self.run_sampler(self.sample_teacher, self.teacher, noise, labels, "sample teacher")
+        parts, files = [], []
+        for i in tqdm(range(0, n, PART), desc="sample teacher"):    # part by part, so that a kill loses one at most
+            files.append(path.with_name(f"{path.stem}.from-{i}.safetensors"))
+            if not files[-1].with_suffix(".json").exists():
+                x0, cost = self.run_sampler(self.sample_teacher, self.teacher, noise[i:i + PART], labels[i:i + PART], "part")
+                ladd.save_weights(files[-1], {"x0": x0}, {"kind": "toy samples", "made_of": made_of, "cost": cost})
+            parts.append(ladd.load_weights(files[-1], "toy samples", "made_of", "cost"))
+        x0 = torch.cat([tensors["x0"] for tensors, _ in parts])
+        cost = {k: sum(about["cost"][k] for _, about in parts) / len(parts) for k in parts[0][1]["cost"]}
         ladd.save_weights(path, {"x0": x0}, {"kind": "toy samples", "made_of": made_of, "cost": cost})
+        for file in files:
+            file.with_suffix(".json").unlink(), file.unlink()
         return x0, labels, noise, cost
 
     def cache_path(self, name):
@@ -178,10 +191,11 @@ class ToyWorld(ladd.World):
             for _ in range(3):
                 float(self.teacher(x, t, label).sum())
         f, r = (time.time() - began) / 3 / 64, self.recipe
+        more = max(0, self.options.judge_samples - r.samples)
         double = sum(r.guidance != 1 and r.guidance_low <= t <= r.guidance_high for t in time_grid(r.teacher_steps))
-        stages = {"teacher's samples": 0 if cached else f * r.samples * (r.teacher_steps + double),
+        stages = {"teacher's samples": f * (more + (0 if cached else r.samples)) * (r.teacher_steps + double),
                   "distillation": f * r.iterations * r.batch * (4 + 5 / r.gen_every),
-                  "judging": f * self.options.judge_samples * 50 + 20}
+                  "judging": f * self.options.judge_samples * 40 + 20}
         print("expected here: " + ", ".join(f"{k} {v / 60:.1f} min" for k, v in stages.items())
               + f"; together about {sum(stages.values()) / 60:.0f} min")
 
@@ -196,17 +210,16 @@ class ToyWorld(ladd.World):
         return self.run_sampler(self.sample_student(steps), student, noise, torch.arange(60) % 10, "grid")[0]
 
     def watch(self, student, path):
-        """A judged point of the run's curve (1,000 images per step count, on noise that the report never uses) and a grid."""
+        """A judged point of the run's curve (1,000 images per step count, on noise and references that no report uses) and a grid."""
         noise, label = self.draw_noise(min(1000, self.options.judge_samples), self.recipe.seed, "curve")
         point = {}
         for steps in self.reported_steps():
             x, _ = self.run_sampler(self.sample_student(steps), student, noise, label, "judge")
-            figures = self.judge(x, label, kid=False)
+            figures = self.judge(x, label, watch=True)
             point |= {f"{k}@{steps}": figures[k] for k in ("fid", "accuracy", "hue_entropy")}
         path.parent.mkdir(parents=True, exist_ok=True)
         save_image(torch.cat([self.sample_grid(student, s)[:20] for s in self.reported_steps()]), path, nrow=10, normalize=True, value_range=(-1, 1))
-        n, floor = self.judge.floor_at(len(noise))
-        tqdm.write(f"real@{n} {floor:.3g}  " + "  ".join(f"{k} {v:.3g}" for k, v in point.items() if not k.startswith("accuracy")))
+        tqdm.write(f"real {self.judge.about['figures']['watch_floor']:.3g}  " + "  ".join(f"{k} {v:.3g}" for k, v in point.items() if not k.startswith("accuracy")))
         return point
 
     def signs(self, point):
@@ -231,11 +244,18 @@ class ToyWorld(ladd.World):
         print(target)
         return 0
 
+    def save_student(self, path, student, **about):
+        ladd.save_weights(path, student.net.state_dict(), {"kind": "toy student", "config": self.about["config"],
+                                                           "recipe": dataclasses.asdict(self.recipe), **about})
+
+    def score(self, point):
+        """How good a judged point is, less is better: the mean FID over the step counts."""
+        return sum(v for k, v in point.items() if k.startswith("fid@")) / len(self.reported_steps())
+
     def draw_start(self, path):
         report.draw_start(self, path)
 
     def finish(self, run, student, changed):
         """The end of a run: the student's weights, the table, report.json, report.md and report.png."""
-        ladd.save_weights(run / "student.safetensors", student.net.state_dict(),
-                          {"kind": "toy student", "config": self.about["config"], "recipe": dataclasses.asdict(self.recipe)})
+        self.save_student(run / "student.safetensors", student)
         report.write(self, run, student, changed)
