@@ -157,7 +157,7 @@ class ToyWorld(ladd.World):
             return tensors["x0"].float(), labels, noise, about["cost"]
         parts, files = [], []
         for i in tqdm(range(0, n, PART), desc="sample teacher"):    # part by part, so that a kill loses one at most
-            files.append(path.with_name(f"{path.stem}.from-{i}.safetensors"))
+            files.append(path.with_name(f"{path.stem}.part-{i}-{min(n, i + PART)}.safetensors"))
             if not files[-1].with_suffix(".json").exists():
                 x0, cost = self.run_sampler(self.sample_teacher, self.teacher, noise[i:i + PART], labels[i:i + PART], "part")
                 ladd.save_weights(files[-1], {"x0": x0}, {"kind": "toy samples", "made_of": made_of, "cost": cost})
