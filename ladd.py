@@ -8,9 +8,9 @@ to leave them no difference to find. Nothing is decoded to pixels, and the discr
     python ladd.py --toy                 distil the shipped Color-MNIST teacher on this machine, and print an honest table
     python ladd.py --toy --help          every option, with its meaning
 
-This file is the method and names no data set. A world (toy_mnist/) brings teacher, data and judge; see `World`.
-Read it from top to bottom: flow maths, samplers, taps, heads, losses, recipe, draws, one iteration, files, loop, command line.
-Where it departs from the paper the line says DEPARTURE; the README lists them.
+This file is the method; a world (toy_mnist/) brings teacher, data and judge: see `World`. Read it from top to bottom: flow maths,
+samplers, taps, heads, losses, recipe, draws, one iteration, files, loop, command line. Where the core itself departs from the
+paper the line says DEPARTURE; what a world's recipe adds stands in that world. The README lists all of it.
 """
 
 import argparse
@@ -141,7 +141,7 @@ def sample_renoise(velocity, noise, times, cond, renoise):
 
 
 def step_times(times, n):
-    """The n of the student's times that an n-step sampler uses, evenly spread, the first (1) always: 2 of 4 are [1, .5]."""
+    """The n of the student's times that an n-step sampler uses, spread over them, the first (1) always: 2 of 4 are [1, .5]."""
     if not 1 <= n <= len(times):
         raise UserError(f"--steps {n}: this student knows {len(times)} times {list(times)}; give 1 .. {len(times)}")
     return [times[k * len(times) // n] for k in range(n)]
@@ -279,7 +279,7 @@ class Recipe:
     times: tuple[float, ...] = note((1.0, 0.75, 0.5, 0.25), "the student's times t, falling from 1 (LADD)", 1e-4, 1)
     time_probs: tuple[float, ...] = note((0.7, 0.1, 0.1, 0.1), "probability of each time after the warm-up (LADD)", 0, 1)
     warmup_probs: tuple[float, ...] = note((0.0, 0.0, 0.5, 0.5), "probability of each time during it (LADD)", 0, 1)
-    warmup: int = note(500, "iterations of warm-up (LADD)", 0, 10 ** 9)
+    warmup: int = note(500, "the first iterations, which use warmup_probs (LADD: 500)", 0, 10 ** 9)
     renoise_mean: float = note(1.0, "m of t-hat ~ LogitNormal(m, s) (LADD: m = 1, s = 1)", -10, 10)
     renoise_std: float = note(1.0, "s of t-hat ~ LogitNormal(m, s)", 0, 10)
     share_noise: bool = note(True, "real and fake are noised again with the same t-hat and noise (DEPARTURE: less variance)")
@@ -287,7 +287,7 @@ class Recipe:
     student_lr: float = note(1e-4, "peak learning rate of the student", 0, 1)
     head_lr: float = note(1e-3, "peak learning rate of the heads; must exceed student_lr", 0, 1)
     lr_warmup: int = note(50, "iterations over which both learning rates rise from 0", 0, 10 ** 9)
-    lr_decay: str = note("cosine", "what the student's learning rate does after that", choices=("none", "linear", "cosine"))
+    lr_decay: str = note("cosine", "how the student's learning rate falls to 0 over the whole run, besides that warm-up", choices=("none", "linear", "cosine"))
     beta1: float = note(0.0, "first moment of both AdamW", 0, 0.9999)
     beta2: float = note(0.99, "second moment of both AdamW", 0, 0.99999)
     weight_decay: float = note(0.0, "weight decay of both AdamW", 0, 1)
@@ -361,11 +361,11 @@ def drift(recipe, reference):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 7. Draws: every random number is keyed by (seed, iteration, ...) and made on the CPU, so there is no state to store
+# 7. Draws: every random number of an iteration is keyed by (seed, iteration) and made on the CPU, so there is no state to store
 # ---------------------------------------------------------------------------------------------------------------------
 
 def generator(*key):
-    """A CPU generator keyed by the words and numbers of `key`: the same key, the same draws, on every machine."""
+    """A CPU generator keyed by the words and numbers of `key`: the same key, the same draws, whatever was drawn before."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
@@ -403,7 +403,11 @@ def draw(recipe, iteration, shape):
 # ---------------------------------------------------------------------------------------------------------------------
 
 class World:
-    """What a world gives to the method: its contract. (A description to subclass; nothing else crosses.)"""
+    """What a world gives to the method: its contract, to subclass. `step` asks for no more than this class.
+
+    The loop asks for watch(student, picture) -> dict and save_student(path, student, **about) too, and the command line for
+    prepare, fingerprint, draw_start, draw_sample and finish: `toy_mnist/world.py` shows each.
+    """
 
     teacher: nn.Module      # velocity(x_t [B, ...], t [B], cond) -> v, frozen
     tap_root: nn.Module     # the module in which the recipe's taps are looked up by name
@@ -428,7 +432,7 @@ class World:
         return Terms()
 
     def score(self, point):
-        """How good a judged point is, less is better: it chooses the run's best student."""
+        """How good a judged point is, less is better: it chooses best.safetensors among the judged points."""
         raise NotImplementedError
 
     def signs(self, point):
@@ -478,8 +482,8 @@ class State:
 
 
 def adamw(model, recipe):
-    """AdamW whose state exists from the start: torch would make it by an empty step when a checkpoint first asks for it, and
-    a run would depend on when it was saved. `update` sets the learning rate."""
+    """AdamW with its (zero) state from the start, so that saving a checkpoint cannot change the run: torch would make the state by
+    an empty, counted step when a checkpoint first asks for it. `update` sets the learning rate."""
     opt = torch.optim.AdamW(model.parameters(), 0.0, (recipe.beta1, recipe.beta2), weight_decay=recipe.weight_decay)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -512,7 +516,8 @@ class EMA:
 def autocast(device, enabled=True):
     """bfloat16 where this device computes it faster. No weight cache: a cached cast could outlive an optimizer step."""
     kind = torch.device(device).type
-    fast = kind == "cuda" or kind == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()             # older torch cannot tell: float32 then
+    fast = kind == "cuda" or kind == "cpu" and cpu.get("avx512_bf16", False)
     return torch.autocast(kind, torch.bfloat16, enabled=enabled and fast, cache_enabled=False)
 
 
@@ -595,8 +600,8 @@ def gradients(p, state, world, recipe, terms, i, share):
     for term in terms.add_heads:
         heads_loss = heads_loss + term(p, state)
     (heads_loss * share).backward()
-    for k, (name, a, b) in enumerate(zip(recipe.taps, real, fake)):
-        metrics[f"accuracy/{name}"] = ((a > 0).float().mean() + (b < 0).float().mean()) / 2
+    for name, a, b in zip(recipe.taps, real, fake):
+        metrics[f"accuracy/{name}"] = (a > b).float().mean()     # a relativistic game has no zero to compare with
     metrics["diversity"] = diversity(p.fake_maps[-1]) / diversity(p.real_maps[-1]).clamp(min=1e-12)
 
     # The student's gradient: the heads again, as they stood when the iteration began and frozen, on the attached features.
@@ -636,8 +641,8 @@ def student_sampler(recipe, steps):
 
 @torch.no_grad()
 def sample_diversity(world, student, recipe, device, pairs=256):
-    """Collapse, seen from the teacher: mean distance between the features of two samples, the student's / the real ones, over
-    the same pairs of conditions, all four noised to t = 1/2 with one noise. Near 1 = healthy; it falls as the fakes grow alike.
+    """Collapse, seen from the teacher: the mean feature distance within pairs of the student's samples, divided by that within
+    pairs of real ones of the same conditions, all four noised to t = 1/2 with one noise. Near 1 = healthy; it falls as the fakes grow alike.
     """
     x0, cond, _ = world.read(0, 2 * pairs)
     gen, distance = generator(recipe.seed, "diversity"), [0.0, 0.0]
@@ -684,7 +689,7 @@ def update(state, recipe, i):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 9. Files. Everything is written beside its place and renamed into it, so that a kill leaves the old or the new, whole.
+# 9. Files. Weights, JSON and checkpoints are written beside their place and renamed into it: a kill leaves no half of one.
 #    What is shared is safetensors and JSON; checkpoints are trusted local files (their metadata is a pickle).
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -838,7 +843,7 @@ def train(world, recipe, run, options, device):
                 if done % options.checkpoint_every == 0 or done == recipe.iterations or stop:
                     save_checkpoint(run, done, snapshot(state, done), options.keep)
                 if stop and done < recipe.iterations:
-                    raise UserError(f"stopped after iteration {done}, saved: go on with --resume --name {run.name}")
+                    raise UserError(f"stopped after iteration {done}, saved: go on by the same command with --resume --name {run.name}")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -930,6 +935,9 @@ def parser_for(world_module):
         text = field.metadata["help"].replace("%", "%%")
         if field.metadata["choices"]:
             text += f": {', '.join(field.metadata['choices'])}"
+        if world_module:
+            default = getattr(world_module.REFERENCE, field.name)
+            text += f" (default {','.join(map(str, default)) if isinstance(default, tuple) else str(default).lower()})"
         fields.add_argument("--" + field.name.replace("_", "-"), dest="recipe_" + field.name, metavar="X", help=text)
     if world_module:
         world_module.add_arguments(parser.add_argument_group("this world"))
@@ -1014,7 +1022,7 @@ def run_folder(options):
         taken = [int(p.name) for p in out.iterdir() if p.name.isdecimal()]
         return out / f"{max(taken, default=0) + 1:03d}"
     run = out / options.name
-    if run.parent != out or options.name in ("", ".", "..", "cache") or len(options.name) > 100:
+    if run.parent != out or options.name in ("", ".", "..", "cache") or options.name.endswith(".part") or len(options.name) > 100:
         raise UserError(f"--name {options.name[:100]!r}: give a plain folder name of at most 100 characters")
     if (options.resume or options.sample) and not (run / "config.json").exists():
         raise UserError(f"--name {options.name}: there is no such run in {out}")
@@ -1053,7 +1061,7 @@ def run_command(argv):
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least {low}")
     if options.micro_batch is None:
         options.micro_batch = recipe.batch
-    refuse_known_ruin(recipe, options.micro_batch, options.i_know)
+    refuse_known_ruin(recipe, options.micro_batch, options.i_know or options.resume or options.sample)    # then it was said once
     device = pick_device(options.device)
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -1078,7 +1086,9 @@ def run_command(argv):
           + (", ".join(f"{k} = {b} (not {a})" for k, (a, b) in changed.items()) or "nothing"))
     world.prepare()
     refuse_noise(world.read(0, min(64, recipe.batch))[0], options.i_know)
-    if not options.resume:                              # made beside and renamed: a run's folder is whole or not there
+    if options.resume:                                  # a resumed run may be longer
+        write_json(run / "config.json", {**stored, "recipe": dataclasses.asdict(recipe), "drift": changed})
+    else:                                               # made beside and renamed: a run's folder is whole or not there
         part = run.with_name(run.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
         (part / "samples").mkdir(parents=True)

@@ -79,7 +79,7 @@ def test_what_the_paper_recipe_turns_on():
     assert (terms.heads_loss, terms.student_loss) == (ladd.hinge_heads, ladd.hinge_student)
     assert (terms.student_input, terms.add_heads, terms.add_student) == (None, (), ())
     assert world.PAPER.times == (1, 0.75, 0.5, 0.25) and world.PAPER.time_probs == (0.7, 0.1, 0.1, 0.1)
-    assert world.PAPER.warmup_probs == (0, 0, 0.5, 0.5) and world.PAPER.warmup == 500
+    assert world.PAPER.warmup_probs == (0, 0, 0.5, 0.5) and world.PAPER.warmup == 50
     assert (world.PAPER.renoise_mean, world.PAPER.renoise_std, world.PAPER.share_noise, world.PAPER.heads_see_t) == (1, 1, False, False)
 
 
