@@ -601,7 +601,8 @@ def gradients(p, state, world, recipe, terms, i, share):
         heads_loss = heads_loss + term(p, state)
     (heads_loss * share).backward()
     for name, a, b in zip(recipe.taps, real, fake):
-        metrics[f"accuracy/{name}"] = (a > b).float().mean()     # a relativistic game has no zero to compare with
+        wins = (a > b).float() + (a == b).float() / 2   # of pairs, a tie counting half: a relativistic game has no zero
+        metrics[f"accuracy/{name}"] = wins.mean()
     metrics["diversity"] = diversity(p.fake_maps[-1]) / diversity(p.real_maps[-1]).clamp(min=1e-12)
 
     # The student's gradient: the heads again, as they stood when the iteration began and frozen, on the attached features.

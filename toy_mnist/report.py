@@ -122,8 +122,8 @@ def draw_report(world, run, student, rows):
               "teacher@4": (world.teacher, lambda v, z, y: ladd.sample_euler(guide(v), z, four, y)),
               "DPM-Solver++@4": (world.teacher, lambda v, z, y: sample_dpm(guide(v), z, 4, y))}
     panels |= {f"student@{s}": (student, world.sample_student(s)) for s in world.reported_steps()}
-    fig = plt.figure(figsize=(15, 12.5))
-    grid = fig.add_gridspec(3, 12, height_ratios=[1, 1, 0.75])
+    fig = plt.figure(figsize=(15, 10))
+    grid = fig.add_gridspec(3, 12, height_ratios=[1, 1, 0.85])
     for k, (name, (model, sampler)) in enumerate(panels.items()):
         images, _ = world.run_sampler(sampler, model, noise, label, "grid")
         picture(fig.add_subplot(grid[k // 3, 4 * (k % 3):4 * (k % 3) + 4]), images, f"{name}: FID {by_name[name]['fid']:.2f}, {by_name[name]['nfe']:g} evaluations")

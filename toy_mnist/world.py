@@ -170,7 +170,7 @@ class ToyWorld(ladd.World):
                 ladd.save_weights(files[-1], {"x0": x0}, {"kind": "toy samples", "made_of": made_of, "cost": cost})
             parts.append(ladd.load_weights(files[-1], "toy samples", "made_of", "cost"))
         x0 = torch.cat([tensors["x0"] for tensors, _ in parts])
-        cost = {k: sum(about["cost"][k] for _, about in parts) / len(parts) for k in parts[0][1]["cost"]}
+        cost = {k: sum(len(t["x0"]) * about["cost"][k] for t, about in parts) / n for k in parts[0][1]["cost"]}
         ladd.save_weights(path, {"x0": x0}, {"kind": "toy samples", "made_of": made_of, "cost": cost})
         for file in files:
             file.with_suffix(".json").unlink(), file.unlink()
@@ -201,7 +201,7 @@ class ToyWorld(ladd.World):
         more = max(0, self.options.judge_samples - r.samples)
         double = sum(r.guidance != 1 and r.guidance_low <= t <= r.guidance_high for t in time_grid(r.teacher_steps))
         stages = {"teacher's samples": f * (more + (0 if cached else r.samples)) * (r.teacher_steps + double),
-                  "distillation": f * r.iterations * r.batch * (4 + 5 / r.gen_every),
+                  "distillation": f * r.iterations * r.batch * (6 + 6.5 / r.gen_every),    # heads included, as measured
                   "judging": f * self.options.judge_samples * 40 + 20}
         print("expected here: " + ", ".join(f"{k} {v / 60:.1f} min" for k, v in stages.items())
               + f"; together about {sum(stages.values()) / 60:.0f} min")
