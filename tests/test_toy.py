@@ -675,7 +675,7 @@ def test_terms_of_the_heads_take_features_in_bfloat16(name):
 def test_distillation_counts_the_times_up_to_its_limit(below, counts):
     p = some_pass()                                                     # t = 1, .75, .5, .25
     error = ((p.x0_hat - p.x0) ** 2).mean((1, 2, 3)).tolist()
-    value = variants.distillation(recipe(distill_weight=3.0, distill_below=below))(p, None)
+    value = variants.distillation(recipe(distill_weight=3.0, distill_below=below, paired_noise=True))(p, None)
     assert float(value) == pytest.approx(3.0 * sum(error[i] for i in counts) / 4, rel=1e-5)
 
 
@@ -752,5 +752,11 @@ def test_nothing_is_added_unless_turned_on():
 def test_paper_recipe_has_the_papers_numbers():
     paper = toy_world.PAPER
     assert paper.times == (1.0, 0.75, 0.5, 0.25) and paper.time_probs == (0.7, 0.1, 0.1, 0.1)
-    assert paper.warmup_probs == (0.0, 0.0, 0.5, 0.5) and paper.warmup == 500
+    assert paper.warmup_probs == (0.0, 0.0, 0.5, 0.5) and paper.warmup == 50      # of 600 iterations
     assert (paper.renoise_mean, paper.renoise_std) == (1.0, 1.0) and paper.loss == "hinge"
+
+
+def test_recipes_that_cannot_work_are_refused():
+    for fields, word in ((dict(distill_weight=1.0, distill_below=1.0), "distill_below"), (dict(loss="wasserstein"), "gradient_penalty")):
+        with pytest.raises(ladd.UserError, match=word):
+            toy_world.ToyRecipe(**fields)
