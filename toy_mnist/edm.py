@@ -17,6 +17,11 @@ SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0    # EDM, table 1
 NULL_CLASS = 10                                 # the label that stands for "no condition" (classifier-free guidance)
 
 
+def null_cond(label):
+    """The label of no condition for each of the labels [B]: [B]"""
+    return torch.full_like(label, NULL_CLASS)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The network: a conditional U-Net ("CUNet") that works on 2x2 pixel blocks, at 14x14 and 7x7
 # ---------------------------------------------------------------------------------------------------------------------

@@ -51,12 +51,11 @@ def table_rows(world, student):
     """The judged rows: a list of dicts as report.json holds them."""
     recipe, n = world.recipe, world.options.judge_samples
     noise, label = world.draw_noise(n, recipe.seed, "judge")
-    guide = lambda v: ladd.guided(v, lambda c: torch.full_like(c, 10), recipe.guidance, (recipe.guidance_low, recipe.guidance_high))
     grids = {"EDM's grid": time_grid(4), "1, .75, .5, .25": [1, 0.75, 0.5, 0.25]}
-    euler = lambda times: lambda v, z, y: ladd.sample_euler(guide(v), z, times, y)
+    euler = lambda times: lambda v, z, y: ladd.sample_euler(world.guide(v), z, times, y)
     jobs = [(f"teacher@4 on {name}", 4, world.teacher, euler(times)) for name, times in grids.items()]
     jobs += [("teacher@1", 1, world.teacher, euler(time_grid(1))),
-             ("DPM-Solver++@4", 4, world.teacher, lambda v, z, y: sample_dpm(guide(v), z, 4, y))]
+             ("DPM-Solver++@4", 4, world.teacher, lambda v, z, y: sample_dpm(world.guide(v), z, 4, y))]
     jobs += [(f"student@{s}", s, student, world.sample_student(s)) for s in world.reported_steps()]
 
     x, labels = world.x0[:n], world.labels[:n]          # the samples that were learnt from serve this row
@@ -116,11 +115,10 @@ def draw_report(world, run, student, rows):
     """report.png: six grids from the same noise; beneath, the curves of the run."""
     recipe, by_name = world.recipe, {r["name"]: r for r in rows}
     noise, label = torch.randn(60, *world.shape, generator=ladd.generator(recipe.seed, "grid")), torch.arange(60) % 10
-    guide = lambda v: ladd.guided(v, lambda c: torch.full_like(c, 10), recipe.guidance, (recipe.guidance_low, recipe.guidance_high))
     four = [1, 0.75, 0.5, 0.25] if by_name["teacher@4"]["grid"].startswith("1,") else time_grid(4)
     panels = {rows[0]["name"]: (world.teacher, world.sample_teacher),
-              "teacher@4": (world.teacher, lambda v, z, y: ladd.sample_euler(guide(v), z, four, y)),
-              "DPM-Solver++@4": (world.teacher, lambda v, z, y: sample_dpm(guide(v), z, 4, y))}
+              "teacher@4": (world.teacher, lambda v, z, y: ladd.sample_euler(world.guide(v), z, four, y)),
+              "DPM-Solver++@4": (world.teacher, lambda v, z, y: sample_dpm(world.guide(v), z, 4, y))}
     panels |= {f"student@{s}": (student, world.sample_student(s)) for s in world.reported_steps()}
     fig = plt.figure(figsize=(15, 10))
     grid = fig.add_gridspec(3, 12, height_ratios=[1, 1, 0.85])

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import ladd
 from ladd import mean_over_heads
+from toy_mnist.edm import null_cond
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The adversarial game: name -> (loss of the heads, loss of the student), both of (real logits, fake logits)
@@ -115,7 +116,7 @@ def score_distillation(recipe, world):
     """
     def term(p, state):
         x_t, t = p.fake_t.detach(), p.t_hat
-        null = torch.full_like(p.cond, 10)
+        null = null_cond(p.cond)
         with torch.no_grad():
             guess = ladd.velocity_to_x0(x_t, world.teacher(x_t, t, p.cond), t)
             if recipe.score_weighting == "nfsd":

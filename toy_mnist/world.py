@@ -14,7 +14,7 @@ from tqdm import tqdm
 import ladd
 from ladd import note
 from toy_mnist import report, variants
-from toy_mnist.edm import NULL_CLASS, CUNet, EDMVelocity, time_grid
+from toy_mnist.edm import CUNet, EDMVelocity, null_cond, time_grid
 from toy_mnist.judge import WEIGHTS, Judge
 
 NAME = "toy"
@@ -87,10 +87,6 @@ def load_teacher(folder, device):
     return velocity.to(device).eval().requires_grad_(False), about
 
 
-def null_cond(label):
-    return torch.full_like(label, NULL_CLASS)
-
-
 class Counted:
     """A velocity that counts the images it is evaluated on; a guided pass shows each twice."""
 
@@ -139,9 +135,12 @@ class ToyWorld(ladd.World):
         return torch.randn(n, *SHAPE, generator=gen), torch.multinomial(self.class_share, n, True, generator=gen)
 
     def sample_teacher(self, velocity, noise, label):
+        return ladd.sample_euler(self.guide(velocity), noise, time_grid(self.recipe.teacher_steps), label)
+
+    def guide(self, velocity):
+        """The velocity under the recipe's guidance."""
         r = self.recipe
-        velocity = ladd.guided(velocity, null_cond, r.guidance, (r.guidance_low, r.guidance_high))
-        return ladd.sample_euler(velocity, noise, time_grid(r.teacher_steps), label)
+        return ladd.guided(velocity, null_cond, r.guidance, (r.guidance_low, r.guidance_high))
 
     def prepare(self):
         """The teacher's samples, from the cache or made now; the time that the run will take is printed first."""
