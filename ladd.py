@@ -7,9 +7,10 @@ to leave them no difference to find. Nothing is decoded to pixels, and the discr
 
     python ladd.py --toy                 distil the shipped Color-MNIST teacher on this machine, and print an honest table
     python ladd.py --toy --help          every option, with its meaning
+    torchrun --nproc_per_node=8 ladd.py --zimage --data DIR      distil Z-Image (6B) on data that zimage.precompute made
 
-This file is the method; a world (toy_mnist/) brings teacher, data and judge: see `World`. Read it from top to bottom: flow maths,
-samplers, taps, heads, losses, recipe, draws, one iteration, files, loop, command line. Where the core itself departs from the
+This file is the method; a world (toy_mnist/, zimage/) brings teacher, data and judge: see `World`. Read it from top to bottom: flow
+maths, samplers, taps, heads, losses, recipe, draws, ranks, one iteration, files, loop, command line. Where the core itself departs from the
 paper the line says DEPARTURE; what a world's recipe adds stands in that world. The README lists all of it.
 """
 
@@ -33,6 +34,7 @@ import typing
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
@@ -86,7 +88,7 @@ def logit_normal(z, mean, std):
 
 
 def guided(velocity, null_cond, w, interval=(0.0, 1.0)):
-    """Classifier-free guidance (arXiv 2207.12598): a velocity that gives neg + w (pos - neg); w = 1 is none, at half the cost.
+    """Classifier-free guidance (arXiv 2207.12598): a velocity that gives neg + w (pos - neg) by two passes; w = 1 is none, by one.
 
     null_cond(cond) -> the condition that stands for none. interval: guidance holds for t in [low, high] alone (limited
     interval, arXiv 2404.07724); outside it one conditional pass is made. Within a call all t must be equal (a sampler's are).
@@ -94,7 +96,7 @@ def guided(velocity, null_cond, w, interval=(0.0, 1.0)):
     def velocity_w(x_t, t, cond):
         if w == 1 or not interval[0] - 1e-6 <= float(t[0]) <= interval[1] + 1e-6:      # t is float32
             return velocity(x_t, t, cond)
-        pos, neg = velocity(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([cond, null_cond(cond)])).chunk(2)
+        pos, neg = velocity(x_t, t, cond), velocity(x_t, t, null_cond(cond))
         return neg + w * (pos - neg)
     return velocity_w
 
@@ -355,9 +357,15 @@ def override(recipe, changes):
 
 
 def drift(recipe, reference):
-    """The fields in which recipe differs from reference: {field: (reference's, recipe's)}."""
-    a, b = dataclasses.asdict(reference), dataclasses.asdict(recipe)
-    return {k: (a.get(k), b[k]) for k in b if a.get(k) != b[k]}
+    """The fields in which recipe differs from reference, two recipes or two dicts: {field: (reference's, recipe's)}."""
+    a, b = (dataclasses.asdict(r) if dataclasses.is_dataclass(r) else r for r in (reference, recipe))
+    plain = lambda v: json.loads(json.dumps(v))         # as JSON stores it: a tuple is a list
+    return {k: (a.get(k), b.get(k)) for k in {**a, **b} if plain(a.get(k)) != plain(b.get(k))}
+
+
+def unlike(old, new):
+    """`drift` of two dicts in words: each field as 'key = new (was old)'."""
+    return [f"{k} = {b} (was {a})" for k, (a, b) in drift(new, old).items()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -399,7 +407,66 @@ def draw(recipe, iteration, shape):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 8. One iteration
+# 8. Ranks. Under torchrun every process runs this file on its own part of each joint batch; without it there is one rank.
+# ---------------------------------------------------------------------------------------------------------------------
+
+def rank():
+    """This process's number among `ranks()`."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def ranks():
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def say(*words):
+    """Print, on the first rank alone."""
+    if rank() == 0:
+        print(*words, flush=True)
+
+
+def from_first(make):
+    """make() on the first rank alone; what it gave, on every rank."""
+    box = [make() if rank() == 0 else None]
+    if ranks() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def any_rank(flag):
+    """Is flag true on any rank? Whatever ends or changes the run is decided so, or the others would wait for ever."""
+    votes = torch.tensor(float(bool(flag)))
+    if ranks() > 1:
+        dist.all_reduce(votes)
+    return bool(votes > 0)
+
+
+def mean_over_ranks_(tensors):
+    """Each tensor becomes its mean over the ranks, in one exchange."""
+    if ranks() > 1 and tensors:
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, mean in zip(tensors, (flat / ranks()).split([t.numel() for t in tensors])):
+            t.copy_(mean.view_as(t))
+
+
+def local(t):
+    """This rank's part of a sharded tensor (a DTensor), or the tensor itself."""
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
+def sharded_like(p, part):
+    """`part`, this rank's part of something shaped as the parameter p, as a tensor sharded like p: so a checkpoint fits any
+    number of ranks. It shares part's memory."""
+    if p is local(p):
+        return part
+    from torch.distributed.tensor import DTensor, init_device_mesh
+    mesh = p.device_mesh if part.device.type == p.device.type else init_device_mesh(part.device.type, tuple(p.device_mesh.shape))
+    return DTensor.from_local(part, mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9. One iteration
 # ---------------------------------------------------------------------------------------------------------------------
 
 class World:
@@ -412,8 +479,17 @@ class World:
     teacher: nn.Module      # velocity(x_t [B, ...], t [B], cond) -> v, frozen
     tap_root: nn.Module     # the module in which the recipe's taps are looked up by name
     early_exit = True       # may the teacher's pass end, by an exception, at its last tap?
-    shape: tuple            # of one sample, without the batch
     cond_dim: int           # D, the length of the heads' condition vector
+    ema_device = None       # where the student's average is kept (None: beside the student)
+    config = {}             # what config.json should say of this world besides recipe and data
+
+    def make_student(self):
+        """The network to train, made from the teacher's weights, float32: velocity(x_t, t, cond) -> v."""
+        return copy.deepcopy(self.teacher).requires_grad_(True).train()
+
+    def compile(self, student):
+        """--compile. The teacher stays as it is: hooks and an early end break its graph."""
+        student.compile()
 
     def tap_map(self, name, output, x_t):
         """A tapped module's output as a map [B, C, H, W]."""
@@ -432,8 +508,10 @@ class World:
         return Terms()
 
     def score(self, point):
-        """How good a judged point is, less is better: it chooses best.safetensors among the judged points."""
-        raise NotImplementedError
+        """How good a judged point is, less is better: it chooses best.safetensors among the judged points. None: no judge here."""
+
+    def watch_raw(self, student, picture):
+        """A look at the weights as they are, before `watch` sees their average. Nothing by default."""
 
     def signs(self, point):
         """The world's own signs of collapse in a judged point: a list of phrases, empty when all is well."""
@@ -464,27 +542,30 @@ class State:
 
     def __init__(self, world, recipe, device):
         torch.manual_seed(recipe.seed)                  # the heads' initial weights; nothing later uses the global generator
-        self.student = copy.deepcopy(world.teacher).requires_grad_(True).train()
+        self.student = world.make_student()
         x, cond, _ = world.read(0, 2)
         maps = features(world, x.to(device), torch.full((2,), 0.5, device=device), cond.to(device), recipe.taps)
         self.heads = Heads([m.shape[1] for m in maps], [max(m.shape[2:]) for m in maps], world.cond_dim, recipe.head_width,
                            recipe.heads_see_t).to(device)
         self.student_opt, self.heads_opt = adamw(self.student, recipe), adamw(self.heads, recipe)
-        self.ema = EMA(self.student, recipe.ema_half_life, recipe.ema_ramp)
+        self.ema = EMA(self.student, recipe.ema_half_life, recipe.ema_ramp, world.ema_device)
         self.skipped = 0                                # updates left out, one after another, for a non-finite gradient
 
+    @contextlib.contextmanager
     def averaged(self):
-        """A copy of the student with the averaged weights (its own, where there is no average)."""
-        model = copy.deepcopy(self.student).eval().requires_grad_(False)
-        for p, mean in zip(model.parameters(), self.ema.mean):
-            p.copy_(mean)
-        return model
+        """The student with the averaged weights while the context lasts: they change places, so no third copy is needed."""
+        self.ema.swap(self.student)
+        try:
+            yield self.student
+        finally:
+            self.ema.swap(self.student)
 
 
 def adamw(model, recipe):
     """AdamW with its (zero) state from the start, so that saving a checkpoint cannot change the run: torch would make the state by
     an empty, counted step when a checkpoint first asks for it. `update` sets the learning rate."""
-    opt = torch.optim.AdamW(model.parameters(), 0.0, (recipe.beta1, recipe.beta2), weight_decay=recipe.weight_decay)
+    fused = next(model.parameters()).is_cuda or None    # on a GPU the default makes temporaries of the weights' size
+    opt = torch.optim.AdamW(model.parameters(), 0.0, (recipe.beta1, recipe.beta2), weight_decay=recipe.weight_decay, fused=fused)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     opt.step()
@@ -498,19 +579,28 @@ class EMA:
     """Exponential moving average of a model's parameters, float32; half-life in samples, 0 = a plain copy of the last weights.
 
     The half-life is at most `ramp` of the samples seen so far (EDM, arXiv 2206.00364), or a short run's average would
-    be mostly its start.
+    be mostly its start. Each rank keeps the average of its own part of a sharded model, on `device` or beside the weights.
     """
 
-    def __init__(self, model, half_life, ramp):
+    def __init__(self, model, half_life, ramp, device=None):
         self.half_life, self.ramp = half_life, ramp
-        self.mean = [p.detach().clone() for p in model.parameters()]
+        self.mean = [local(p).detach().to(device, copy=True) for p in model.parameters()]
 
     @torch.no_grad()
     def update(self, model, seen, new):
         """After a step: `seen` samples in all, `new` of them since the last update."""
         half_life = min(self.half_life, self.ramp * seen)
         beta = 0.5 ** (new / half_life) if half_life > 0 else 0.0
-        torch._foreach_lerp_(self.mean, [p.detach() for p in model.parameters()], 1 - beta)
+        for mean, p in zip(self.mean, model.parameters()):
+            mean.lerp_(local(p).detach().to(mean.device), 1 - beta)
+
+    @torch.no_grad()
+    def swap(self, model):
+        """Exchange the model's weights and their average."""
+        for mean, p in zip(self.mean, model.parameters()):
+            weights = local(p).detach().clone()
+            local(p).detach().copy_(mean)
+            mean.copy_(weights)
 
 
 def autocast(device, enabled=True):
@@ -545,20 +635,22 @@ def updates_student(recipe, i):
 def step(state, world, recipe, terms, i, device, micro_batch=None):
     """Iteration i: gradients of all micro-batches, then one step of each optimizer. Returns its metrics (floats).
 
-    k micro-batches of n give what one of k n gives (a world's added terms see one micro-batch at a time). Costs in teacher-sized forwards F: student 1, teacher 2; a student
-    iteration adds 1 (backward through the teacher) and 2 (backward through the student) = 6F.
+    k micro-batches of n give what one of k n gives, and so do k ranks (a world's added terms see one micro-batch at a time). Costs
+    in teacher-sized forwards F: student 1, teacher 2; a student iteration adds 1 (backward through the teacher) and 2 (backward
+    through the student) = 6F.
     """
-    micro_batch = micro_batch or recipe.batch
-    x0, cond, noise = world.read(i * recipe.batch, recipe.batch)
-    joint = {**draw(recipe, i, world.shape), "x0": x0, "cond": cond}
+    n = recipe.batch // ranks()                         # this rank's part of the joint batch
+    first, micro_batch = rank() * n, micro_batch or n
+    x0, cond, noise = world.read(i * recipe.batch + first, n)
+    joint = {k: v[first:first + n] for k, v in draw(recipe, i, x0.shape[1:]).items()} | {"x0": x0, "cond": cond}
     if noise is not None:
         joint["noise"] = noise
     if recipe.paired_noise:
         if noise is None:
             raise UserError("paired_noise = True: this world does not store the noise that its samples were made from; set it to false")
         joint["eps"] = noise
-    metrics, share = {}, micro_batch / recipe.batch
-    for start in range(0, recipe.batch, micro_batch):
+    metrics, share = {}, micro_batch / n
+    for start in range(0, n, micro_batch):
         p = Pass(**{k: v[start:start + micro_batch].to(device) for k, v in joint.items()})
         for name, value in gradients(p, state, world, recipe, terms, i, share).items():
             metrics[name] = metrics.get(name, 0.0) + share * float(value)
@@ -645,17 +737,18 @@ def sample_diversity(world, student, recipe, device, pairs=256):
     """Collapse, seen from the teacher: the mean feature distance within pairs of the student's samples, divided by that within
     pairs of real ones of the same conditions, all four noised to t = 1/2 with one noise. Near 1 = healthy; it falls as the fakes grow alike.
     """
-    x0, cond, _ = world.read(0, 2 * pairs)
-    gen, distance = generator(recipe.seed, "diversity"), [0.0, 0.0]
-    start, noise = torch.randn(x0.shape, generator=gen), torch.randn(x0.shape, generator=gen)[::2].repeat_interleave(2, 0)
-    for k in range(0, 2 * pairs, 64):                   # neighbours are the pairs
-        rows, half = slice(k, k + 64), torch.full((64,), 0.5, device=device)
-        fake = student_sampler(recipe, len(recipe.times))(student, start[rows].to(device), cond[rows].to(device))
-        for side, x in enumerate((fake, x0[rows].to(device))):
-            f = features(world, interpolate(x, noise[rows].to(device), half), half, cond[rows].to(device), recipe.taps)[-1]
-            f = f.float().flatten(1)
-            distance[side] += float((f[0::2] - f[1::2]).norm(dim=1).sum())
-    return distance[0] / max(distance[1], 1e-12)
+    n, distance = recipe.batch // ranks(), torch.zeros(2)
+    for k in range(math.ceil(2 * pairs / recipe.batch)):                # a sample's partner lies half a part of the batch away
+        x0, cond, _ = world.read(k * recipe.batch + rank() * n, n)
+        x0, cond, gen = x0.to(device), cond.to(device), generator(recipe.seed, k, rank(), "diversity")
+        start, noise = (torch.randn(x0.shape, generator=gen).to(device) for _ in range(2))
+        noise[n // 2:2 * (n // 2)], half = noise[:n // 2].clone(), torch.full((n,), 0.5, device=device)
+        fake = student_sampler(recipe, len(recipe.times))(student, start, cond)
+        for side, x in enumerate((fake, x0)):
+            f = features(world, interpolate(x, noise, half), half, cond, recipe.taps)[-1].float().flatten(1)
+            distance[side] += (f[:n // 2] - f[n // 2:2 * (n // 2)]).norm(dim=1).sum().cpu()
+    mean_over_ranks_([distance])
+    return float(distance[0] / distance[1].clamp(min=1e-12))
 
 
 def lr_scale(recipe, i, student):
@@ -672,8 +765,11 @@ def update(state, recipe, i):
     parts = [(state.heads, state.heads_opt, recipe.head_lr, recipe.clip_heads, False, "heads")]
     if updates_student(recipe, i):
         parts.append((state.student, state.student_opt, recipe.student_lr, recipe.clip_student, True, "student"))
-    norms = {f"{name}_grad_norm": float(nn.utils.clip_grad_norm_(model.parameters(), clip))
-             for model, _, _, clip, _, name in parts}
+    norms = {}
+    for model, _, _, clip, _, name in parts:            # FSDP averages what it shards; the rest is averaged here
+        mean_over_ranks_([p.grad for p in model.parameters() if p.grad is not None and p.grad is local(p.grad)])
+        norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+        norms[f"{name}_grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     finite = all(map(math.isfinite, norms.values()))
     for _, opt, lr, _, student, _ in parts:
         for group in opt.param_groups:
@@ -690,7 +786,7 @@ def update(state, recipe, i):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 9. Files. Weights, JSON and checkpoints are written beside their place and renamed into it: a kill leaves no half of one.
+# 10. Files. Weights, JSON and checkpoints are written beside their place and renamed into it: a kill leaves no half of one.
 #    What is shared is safetensors and JSON; checkpoints are trusted local files (their metadata is a pickle).
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -732,12 +828,6 @@ def load_weights(path, kind, *keys):
     return load(data), about
 
 
-def unlike(old, new):
-    """The keys at which two JSON-like dicts differ, each as 'key = new (was old)'."""
-    old, new = json.loads(json.dumps(old)), json.loads(json.dumps(new))
-    return [f"{k} = {new.get(k)} (was {old.get(k)})" for k in {**old, **new} if old.get(k) != new.get(k)]
-
-
 def fill(module, tensors, path):
     """Load tensors into module; UserError names a key or shape that does not fit."""
     try:
@@ -751,13 +841,19 @@ def save_checkpoint(run, step, state, keep=2):
     import torch.distributed.checkpoint as dcp
     folder = Path(run) / "checkpoints"
     part, final = folder / f"part-{step:07d}", folder / f"step-{step:07d}"
-    for leftover in (part, final):
-        shutil.rmtree(leftover, ignore_errors=True)
-    dcp.save(state, checkpoint_id=part, no_dist=True)
-    write_json(part / "complete.json", {f.name: f.stat().st_size for f in part.iterdir()})
-    os.replace(part, final)
-    for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+
+    def clear():
+        for leftover in (part, final):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def complete():
+        write_json(part / "complete.json", {f.name: f.stat().st_size for f in part.iterdir()})
+        os.replace(part, final)
+        for old in checkpoints(run)[:-keep]:
+            shutil.rmtree(old)
+    from_first(clear)
+    dcp.save(state, checkpoint_id=part, no_dist=not dist.is_initialized())
+    from_first(complete)
 
 
 def checkpoints(run):
@@ -781,12 +877,12 @@ def newest_checkpoint(run):
 def load_checkpoint(path, state):
     """Fill `state`, of the shape that was saved, from a checkpoint, and return it."""
     import torch.distributed.checkpoint as dcp
-    dcp.load(state, checkpoint_id=path, no_dist=True)
+    dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
     return state
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 10. The loop
+# 11. The loop
 # ---------------------------------------------------------------------------------------------------------------------
 
 def snapshot(state, iteration):
@@ -795,7 +891,8 @@ def snapshot(state, iteration):
     student, student_opt = get_state_dict(state.student, state.student_opt)
     heads, heads_opt = get_state_dict(state.heads, state.heads_opt)
     return {"student": student, "student_opt": student_opt, "heads": heads, "heads_opt": heads_opt,
-            "ema": dict(enumerate(state.ema.mean)), "iteration": iteration, "skipped": state.skipped}
+            "ema": {k: sharded_like(p, mean) for k, (p, mean) in enumerate(zip(state.student.parameters(), state.ema.mean))},
+            "iteration": iteration, "skipped": state.skipped}
 
 
 def restore(state, path):
@@ -812,21 +909,21 @@ def train(world, recipe, run, options, device):
     """Distil: the loop over `step`, with its log, pictures, judged points and checkpoints. Returns the finished State."""
     state, terms, log = State(world, recipe, device), world.terms(), open_log(options.log, run)
     count = lambda m: f"{sum(p.numel() for p in m.parameters()) / 1e6:.2f}M"
-    print(f"student {count(state.student)} parameters; {len(recipe.taps)} heads {count(state.heads)}")
-    newest, first = newest_checkpoint(run) if options.resume else None, 0
+    say(f"student {count(state.student)} parameters; {len(recipe.taps)} heads {count(state.heads)}")
+    newest, first = from_first(lambda: newest_checkpoint(run)) if options.resume else None, 0
     if newest:
         first = restore(state, newest)
-        print(f"going on from {newest}")
+        say(f"going on from {newest}")
     if options.resume:
-        trim_metrics(run, first)
+        from_first(lambda: trim_metrics(run, first))
     if options.compile:
-        state.student.compile()                         # the teacher stays as it is: hooks and an early end break its graph
+        world.compile(state.student)
 
     stop = []                                           # Ctrl-C and SIGTERM end the loop after the iteration in hand
     before = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     window, began = [], time.time()
     try:
-        with tqdm(range(first, recipe.iterations), initial=first, total=recipe.iterations, desc="distil") as bar:
+        with tqdm(range(first, recipe.iterations), initial=first, total=recipe.iterations, desc="distil", disable=rank() > 0) as bar:
             for i in bar:
                 try:
                     window.append(step(state, world, recipe, terms, i, device, options.micro_batch))
@@ -834,16 +931,19 @@ def train(world, recipe, run, options, device):
                     raise Diverged(f"{error}; the last good checkpoint is {newest_checkpoint(run)}") from error
                 done = i + 1
                 if done % options.log_every == 0 or done == recipe.iterations:
-                    mean = {k: sum(m[k] for m in window if k in m) / sum(k in m for m in window)
+                    mean = {k: torch.tensor(sum(m[k] for m in window if k in m) / sum(k in m for m in window), dtype=torch.float64)
                             for k in dict.fromkeys(k for m in window for k in m)}
+                    mean_over_ranks_(list(mean.values()))
+                    mean = {k: float(v) for k, v in mean.items()}
                     log(done, {**mean, "seconds": time.time() - began})
                     bar.set_postfix({k: f"{mean[k]:.2f}" for k in ("heads_loss", "student_loss", "diversity") if k in mean})
                     window = []
                 if options.evaluate_every and (done % options.evaluate_every == 0 and done < recipe.iterations):
-                    watch(state.averaged(), world, recipe, run, options, done, log, device)
-                if done % options.checkpoint_every == 0 or done == recipe.iterations or stop:
+                    watch(state, world, recipe, run, options, done, log, device)
+                stopped = any_rank(stop)
+                if done % options.checkpoint_every == 0 or done == recipe.iterations or stopped:
                     save_checkpoint(run, done, snapshot(state, done), options.keep)
-                if stop and done < recipe.iterations:
+                if stopped and done < recipe.iterations:
                     raise UserError(f"stopped after iteration {done}, saved: go on by the same command with --resume --name {run.name}")
     finally:
         for number, handler in before.items():
@@ -851,19 +951,23 @@ def train(world, recipe, run, options, device):
     return state
 
 
-def watch(student, world, recipe, run, options, done, log, device):
+def watch(state, world, recipe, run, options, done, log, device):
     """A judged point of the curve and a grid, and the alarm for collapse, which is seen in samples and never in losses."""
-    picture = run / "samples" / f"{done:07d}.png"
-    point = {**world.watch(student, picture), "sample_diversity": sample_diversity(world, student, recipe, device)}
+    picture, best = run / "samples" / f"{done:07d}.png", run / "best.safetensors"
+    world.watch_raw(state.student, picture.with_stem(f"{done:07d}-raw"))
+    with state.averaged() as student:
+        point = {**world.watch(student, picture), "sample_diversity": sample_diversity(world, student, recipe, device)}
+        score = world.score(point)                      # on noise and references that no report uses
+        if score is not None and score < (json.loads(best.with_suffix(".json").read_text())["score"]
+                                          if best.with_suffix(".json").exists() else math.inf):
+            world.save_student(best, student, iteration=done, score=score)
     signs = world.signs(point)
     if point["sample_diversity"] < options.least_diversity:
         signs.append(f"sample_diversity {point['sample_diversity']:.2f} is under {options.least_diversity}")
     log(done, {**point, "collapsed": float(bool(signs))})
-    best = run / "best.safetensors"                     # chosen on noise and references that no report uses
-    if world.score(point) < (json.loads(best.with_suffix(".json").read_text())["score"] if best.with_suffix(".json").exists() else math.inf):
-        world.save_student(best, student, iteration=done, score=world.score(point))
     if signs:
-        tqdm.write(f"WARNING: iteration {done}: collapse? {'; '.join(signs)}; see {picture}")
+        if rank() == 0:
+            tqdm.write(f"WARNING: iteration {done}: collapse? {'; '.join(signs)}; see {picture}")
         if options.stop_on_collapse:
             raise UserError(f"stopped on collapse at iteration {done}; the newest checkpoint is {newest_checkpoint(run)}")
 
@@ -878,7 +982,9 @@ def trim_metrics(run, iteration):
 
 
 def open_log(which, run):
-    """log(iteration, metrics): a line of run/metrics.jsonl, and TensorBoard or W&B where asked for and installed."""
+    """log(iteration, metrics): a line of run/metrics.jsonl, and TensorBoard or W&B where asked for and installed. By rank 0 alone."""
+    if rank() > 0:
+        return lambda iteration, metrics: None
     send = lambda i, m: None
     if which == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
@@ -897,7 +1003,7 @@ def open_log(which, run):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 11. The command line
+# 12. The command line
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
@@ -912,6 +1018,7 @@ def parser_for(world_module):
                     description=__doc__.split("This file is")[0])
     worlds = parser.add_argument_group("what to distil (one of these)")
     worlds.add_argument("--toy", action="store_true", help="the Color-MNIST teacher that ships with ladd")
+    worlds.add_argument("--zimage", action="store_true", help="Z-Image, on data that python -m zimage.precompute made")
     run = parser.add_argument_group("the run")
     run.add_argument("--name", help="name of the run, a folder in --out (numbered by itself when absent)")
     run.add_argument("--out", default="runs", help="folder of the runs (default %(default)s)")
@@ -923,7 +1030,7 @@ def parser_for(world_module):
     run.add_argument("--checkpoint-every", type=int, default=200, metavar="N", help="iterations between checkpoints (default %(default)s)")
     run.add_argument("--keep", type=int, default=2, metavar="K", help="checkpoints to keep (default %(default)s)")
     run.add_argument("--log-every", type=int, default=20, metavar="N", help="iterations averaged in a line of metrics.jsonl (default %(default)s)")
-    run.add_argument("--micro-batch", type=int, metavar="N", help="samples per pass; must divide the batch (default: the batch)")
+    run.add_argument("--micro-batch", type=int, metavar="N", help="samples per pass and rank; ranks x N must divide the batch (default: batch / ranks)")
     run.add_argument("--log", choices=("tensorboard", "wandb"), help="log there too, where it is installed")
     run.add_argument("--least-diversity", type=float, default=0.8, metavar="X", help="warn of collapse where sample_diversity falls under this (default %(default)s)")
     run.add_argument("--stop-on-collapse", action="store_true", help="end the run at that warning")
@@ -976,8 +1083,10 @@ def resolve_recipe(world_module, options):
 
 def refuse_known_ruin(recipe, micro_batch, i_know):
     """What has ruined published runs needs --i-know."""
-    if micro_batch < 1 or recipe.batch % micro_batch:
-        raise UserError(f"--micro-batch {micro_batch}: give a number that divides batch = {recipe.batch}")
+    if recipe.batch < ranks() or recipe.batch % ranks():
+        raise UserError(f"batch = {recipe.batch}: give a multiple of the {ranks()} ranks")
+    if micro_batch < 1 or recipe.batch // ranks() % micro_batch:
+        raise UserError(f"--micro-batch {micro_batch}: give a number that divides batch / ranks = {recipe.batch // ranks()}")
     if micro_batch < 2 and not i_know:
         raise UserError(f"batch = {recipe.batch}, micro-batch = {micro_batch}: hinge on one sample is all or nothing; "
                         f"give at least 2, or --i-know")
@@ -995,6 +1104,9 @@ def refuse_noise(x0, i_know):
 
 
 def pick_device(name):
+    """The device by name, or the best one here; under torchrun each rank has the GPU of its own number."""
+    if name in (None, "cuda") and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -1013,8 +1125,9 @@ def run_folder(options):
     out = Path(options.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / ".writable").touch()
-        (out / ".writable").unlink()
+        probe = out / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         raise UserError(f"--out {out}: can't be written ({error.strerror}); name another folder") from error
     if options.name is None:
@@ -1047,13 +1160,24 @@ def run_command(argv):
         parser_for(None).print_help()
         return 2
     module = None
+    if "--toy" in argv and "--zimage" in argv:
+        raise UserError("--toy and --zimage: give one of them")
     if "--toy" in argv:
         from toy_mnist import world as module
+    elif "--zimage" in argv:
+        from zimage import world as module
     options = parser_for(module).parse_args(argv)
     options.command = "python ladd.py " + " ".join(argv)
     if module is None:
-        raise UserError("say what to distil: --toy (python ladd.py prints the help)")
-    run = run_folder(options)
+        raise UserError("say what to distil: --toy or --zimage (python ladd.py prints the help)")
+    device = pick_device(options.device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if options.toy:
+            raise UserError("--toy: the toy runs in one process; leave torchrun out")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    run = from_first(lambda: run_folder(options))
     if options.resume or options.sample:
         options.recipe = options.recipe or str(run / "config.json")
     recipe = resolve_recipe(module, options)
@@ -1061,9 +1185,8 @@ def run_command(argv):
         if getattr(options, name) < low:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least {low}")
     if options.micro_batch is None:
-        options.micro_batch = recipe.batch
+        options.micro_batch = recipe.batch // ranks()
     refuse_known_ruin(recipe, options.micro_batch, options.i_know or options.resume or options.sample)    # then it was said once
-    device = pick_device(options.device)
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -1083,22 +1206,24 @@ def run_command(argv):
         if other and not options.i_know:
             raise UserError(f"--resume: run {run.name} was made otherwise: {'; '.join(other)}; start a new run, or --i-know")
     changed = drift(recipe, module.REFERENCE)
-    print(f"run {run} on {device}; departs from the reference recipe in "
+    say(f"run {run} on {device}{f', {ranks()} ranks' if ranks() > 1 else ''}; departs from the reference recipe in "
           + (", ".join(f"{k} = {b} (not {a})" for k, (a, b) in changed.items()) or "nothing"))
     world.prepare()
     refuse_noise(world.read(0, min(64, recipe.batch))[0], options.i_know)
-    if options.resume:                                  # a resumed run may be longer
-        write_json(run / "config.json", {**stored, "recipe": dataclasses.asdict(recipe), "drift": changed})
-    else:                                               # made beside and renamed: a run's folder is whole or not there
-        part = run.with_name(run.name + ".part")
+    def make_folder():
+        if options.resume:                              # a resumed run may be longer
+            return write_json(run / "config.json", {**stored, "recipe": dataclasses.asdict(recipe), "drift": changed})
+        part = run.with_name(run.name + ".part")        # made beside and renamed: a run's folder is whole or not there
         shutil.rmtree(part, ignore_errors=True)
         (part / "samples").mkdir(parents=True)
         write_json(part / "config.json", {"world": module.NAME, "recipe": dataclasses.asdict(recipe), "drift": changed,
-                                          "data": world.fingerprint(), **versions()})
+                                          "data": world.fingerprint(), **world.config, **versions()})
         world.draw_start(part / "start.png")
         os.replace(part, run)
+    from_first(make_folder)
     state = train(world, recipe, run, options, device)
-    world.finish(run, state.averaged(), changed)
+    with state.averaged() as student:
+        world.finish(run, student, changed)
     return 0
 
 
@@ -1107,8 +1232,11 @@ def main(argv=None):
     try:
         return run_command(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        print(f"ladd: {error}", file=sys.stderr)
+        print(f"ladd{f' (rank {rank()})' if ranks() > 1 else ''}: {error}", file=sys.stderr)
         return 2
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

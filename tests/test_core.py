@@ -221,10 +221,10 @@ def guide(w, t=0.5, **options):
 
 
 @pytest.mark.parametrize("w, want, sizes", [
-    (0, [59, 69], [4]),                                     # none alone: 50 + 10 - 1, 50 + 20 - 1
+    (0, [59, 69], [2, 2]),                                  # none alone: 50 + 10 - 1, 50 + 20 - 1
     (1, [62, 74], [2]),                                     # the condition alone, one pass of the batch itself
-    (3, [59 + 3 * 3, 69 + 3 * 5], [4]),
-    (-1, [59 - 3, 69 - 5], [4]),
+    (3, [59 + 3 * 3, 69 + 3 * 5], [2, 2]),
+    (-1, [59 - 3, 69 - 5], [2, 2]),
 ])
 def test_guidance_by_hand(w, want, sizes):
     assert guide(w) == (want, sizes)
@@ -235,11 +235,11 @@ def test_guidance_holds_in_its_interval_alone(t, holds):
     out, sizes = guide(3, t, interval=(0.25, 0.75))
     none, given = [9 + 100 * t, 19 + 100 * t], [12 + 100 * t, 24 + 100 * t]
     assert out == pytest.approx([n + 3 * (g - n) for n, g in zip(none, given)] if holds else given)
-    assert sizes == ([4] if holds else [2])
+    assert sizes == ([2, 2] if holds else [2])
 
 
 def test_guidance_with_full_interval_holds_at_both_ends():
-    assert guide(3, 1.0)[1] == guide(3, 0.0)[1] == [4]
+    assert guide(3, 1.0)[1] == guide(3, 0.0)[1] == [2, 2]
 
 
 def grid(n):
@@ -685,10 +685,20 @@ def test_step_updates_the_average_after_the_weights(world, gen_every):
             keep = 0.5 ** (gen_every * 16 / half_life)
             want = keep * want + (1 - keep) * tiny.weights(s.student).double()
         torch.testing.assert_close(torch.cat([m.flatten() for m in s.ema.mean]).double(), want, rtol=0, atol=1e-6)
-    model = s.averaged()
-    assert torch.equal(tiny.weights(model), torch.cat([m.flatten() for m in s.ema.mean]))
-    assert not model.training and not any(p.requires_grad for p in model.parameters())
-    assert s.student.training and not torch.equal(tiny.weights(model), tiny.weights(s.student))
+    raw, mean = tiny.weights(s.student), torch.cat([m.flatten() for m in s.ema.mean])
+    with s.averaged() as model:
+        assert torch.equal(tiny.weights(model), mean) and not torch.equal(raw, mean)
+    assert torch.equal(tiny.weights(s.student), raw)                        # and back, bit for bit
+    assert torch.equal(torch.cat([m.flatten() for m in s.ema.mean]), mean)
+
+
+def test_weights_change_back_after_an_error_in_the_judging(world):
+    s = tiny.state(world, tiny.recipe(ema_half_life=40.0))
+    tiny.run_steps(s, world, tiny.recipe(ema_half_life=40.0), range(4))
+    raw = tiny.weights(s.student)
+    with pytest.raises(ZeroDivisionError), s.averaged():
+        1 / 0
+    assert torch.equal(tiny.weights(s.student), raw)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,176 @@
+"""Z-Image as ladd sees it: the one place where diffusers' conventions become ladd's (stated in ladd.py).
+
+    v = -transformer(x_t, 1 - t)        diffusers' Z-Image is told 1 - sigma, in float32, and returns x0 - eps; sigma is our t
+    guidance w = guidance_scale + 1     `ZImagePipeline` computes pos + scale (pos - neg), with scale 0 for none
+
+Read off diffusers 0.42.1 and pinned by the tests, which compare with `ZImagePipeline` itself.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ladd import UserError
+
+BASE = "Tongyi-MAI/Z-Image"
+CHANNELS = 16           # of a latent
+PIXELS = 8              # of the image per latent pixel, each way
+MAX_TOKENS = 512        # of a prompt, as the pipeline's default
+
+
+class Prompts:
+    """A batch of conditions: captions, a list of text features [L_i, C] (L_i >= 1), and vector [B, D], what the heads are told.
+
+    Slices, moves and has a length as a tensor does, which is all that `ladd.step` asks of a condition.
+    """
+
+    def __init__(self, captions, vector):
+        self.captions, self.vector = list(captions), vector
+        if len(self.captions) != len(vector):
+            raise ValueError(f"{len(self.captions)} captions but {len(vector)} vectors")
+
+    def __len__(self):
+        return len(self.captions)
+
+    def __getitem__(self, rows):
+        return Prompts(self.captions[rows], self.vector[rows])
+
+    def to(self, device):
+        return Prompts([c.to(device) for c in self.captions], self.vector.to(device))
+
+
+class ZImageVelocity(nn.Module):
+    """velocity(x_t [B, 16, h, w], t [B], Prompts) -> v [B, 16, h, w], float32, of a `ZImageTransformer2DModel`.
+
+    dtype: what the transformer computes in (its own, or FSDP's for its parameters); t stays float32, since in bfloat16 730 of
+    1000 would become 732.
+    """
+
+    def __init__(self, transformer, dtype=None):
+        super().__init__()
+        self.transformer, self.dtype = transformer, dtype or transformer.dtype
+
+    def forward(self, x_t, t, cond):
+        x = x_t.to(self.dtype).unsqueeze(2)                                 # [B, 16, 1, h, w]: one frame
+        captions = [c.to(x.device, self.dtype) for c in cond.captions]
+        out = self.transformer(list(x.unbind(0)), 1 - t.float(), captions, return_dict=False)[0]
+        return -torch.stack([o.float() for o in out]).squeeze(2)
+
+
+def truncated(transformer, last):
+    """The transformer up to layer `last`, sharing all weights: what a teacher that is only tapped need run. Its output is void."""
+    shallow = type(transformer).__new__(type(transformer))
+    shallow.__dict__ = {**transformer.__dict__, "_modules": {**transformer._modules, "layers": transformer.layers[:last + 1]}}
+    return shallow
+
+
+def image_tokens(f, x_t):
+    """A layer's output [B, S, C], which begins with the image's tokens, as a map [B, C, h/2, w/2]; pads and caption are left out."""
+    h, w = x_t.shape[-2] // 2, x_t.shape[-1] // 2
+    return f[:, :h * w].transpose(1, 2).unflatten(2, (h, w))
+
+
+def padded_length(caption):
+    """Tokens of a caption [L, C] in the transformer: it pads to a multiple of 32. Batches of one length need no attention mask."""
+    return -(-len(caption) // 32) * 32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading. `model` is a local folder that `ZImagePipeline.save_pretrained` wrote, or a name on the Hugging Face hub.
+# ---------------------------------------------------------------------------------------------------------------------
+
+def model_folder(model):
+    """The local folder of a model; a name on the hub is downloaded (or found in its cache). UserError where neither works."""
+    if Path(model).is_dir():
+        folder = Path(model)
+    else:
+        from huggingface_hub import snapshot_download
+        try:
+            folder = Path(snapshot_download(model))
+        except Exception as error:      # the hub raises some ten kinds: no such name, no network, no permission, ...
+            raise UserError(f"--model {model}: no such folder, and the hub gave none ({type(error).__name__}); "
+                            f"download it there first, or name a folder") from error
+    try:
+        kind = json.loads((folder / "model_index.json").read_text()).get("_class_name")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"--model {model}: {folder} has no readable model_index.json; give a folder that "
+                        f"ZImagePipeline.save_pretrained wrote") from error
+    if kind != "ZImagePipeline":
+        raise UserError(f"--model {model}: a {kind}, not a ZImagePipeline")
+    return folder
+
+
+def model_fingerprint(folder):
+    """A digest of the transformer's files: names, sizes, and 64 KiB of either end of each (24 GB are not read through)."""
+    digest, files = hashlib.sha256(), sorted((Path(folder) / "transformer").glob("*.safetensors"))
+    if not files:
+        raise UserError(f"--model {folder}: transformer/ holds no safetensors")
+    for path in files:
+        with open(path, "rb") as f:
+            digest.update(f"{path.name} {path.stat().st_size} ".encode() + f.read(1 << 16))
+            f.seek(max(0, path.stat().st_size - (1 << 16)))
+            digest.update(f.read())
+    return digest.hexdigest()
+
+
+def turbo_warning(folder):
+    """A warning where the model looks like Z-Image-Turbo, which is a few-step student already; None otherwise."""
+    try:
+        shift = json.loads((Path(folder) / "scheduler" / "scheduler_config.json").read_text()).get("shift")
+    except (OSError, ValueError, AttributeError):
+        shift = None
+    if shift == 3.0 or "turbo" in Path(folder).name.lower():
+        return (f"WARNING: {folder} looks like Z-Image-Turbo (scheduler shift {shift}), which is distilled already; "
+                f"the teacher should be the base model, {BASE}")
+    return None
+
+
+def load_transformer(folder, dtype):
+    """The transformer alone, in dtype, frozen. UserError where its files are missing or cut off."""
+    from diffusers import ZImageTransformer2DModel
+    try:
+        model = ZImageTransformer2DModel.from_pretrained(folder, subfolder="transformer", dtype=dtype)
+    except Exception as error:          # OSError, ValueError, SafetensorError, ...: by what is damaged
+        raise UserError(f"--model {folder}: the transformer can't be loaded ({str(error).strip().splitlines()[0]})") from error
+    return model.eval().requires_grad_(False)
+
+
+def load_pipeline(folder, dtype, device, **parts):
+    """The whole `ZImagePipeline`; parts (transformer=None, vae=None, ...) replace or leave out what is not needed."""
+    from diffusers import ZImagePipeline
+    try:
+        pipe = ZImagePipeline.from_pretrained(folder, dtype=dtype, **parts)
+    except Exception as error:
+        raise UserError(f"--model {folder}: the pipeline can't be loaded ({str(error).strip().splitlines()[0]})") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+@torch.no_grad()
+def encode(pipe, prompts):
+    """Text features of a list of prompts, by the pipeline's own encoder: a list of [L_i, C]."""
+    return pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=MAX_TOKENS)[0]   # it writes to the list
+
+
+@torch.no_grad()
+def decode(vae, latents, batch=4):
+    """Latents [B, 16, h, w] -> images [B, 3, 8h, 8w] in [0, 1], on the CPU."""
+    images = []
+    for z in latents.split(batch):
+        z = z.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+        images.append((vae.decode(z, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1).cpu())
+    return torch.cat(images)
+
+
+def teacher_times(steps, shift):
+    """The pipeline's times for so many steps: linspace(1, 1/N, N) under the scheduler's shift, s t / (1 + (s - 1) t)."""
+    return [shift * t / (1 + (shift - 1) * t) for t in torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()]
+
+
+def noise_for(seed, index, h, w):
+    """The starting noise [16, h, w] of sample `index`: keyed, so it need not be stored."""
+    import ladd
+    return torch.randn(CHANNELS, h, w, generator=ladd.generator(seed, index, "zimage noise"))
