@@ -285,7 +285,7 @@ class Recipe:
     renoise_mean: float = note(1.0, "m of t-hat ~ LogitNormal(m, s) (LADD: m = 1, s = 1)", -10, 10)
     renoise_std: float = note(1.0, "s of t-hat ~ LogitNormal(m, s)", 0, 10)
     share_noise: bool = note(True, "real and fake are noised again with the same t-hat and noise (DEPARTURE: less variance)")
-    paired_noise: bool = note(False, "noise x0 with the noise that the teacher made it from, not afresh (DEPARTURE)")
+    paired_share: float = note(0.0, "share of the batch whose x0 is noised with the noise that the teacher made it from, not afresh (DEPARTURE)", 0, 1)
     student_lr: float = note(1e-4, "peak learning rate of the student", 0, 1)
     head_lr: float = note(1e-3, "peak learning rate of the heads; must exceed student_lr", 0, 1)
     lr_warmup: int = note(50, "iterations over which both learning rates rise from 0", 0, 10 ** 9)
@@ -532,7 +532,7 @@ class Terms:
 class Pass(types.SimpleNamespace):
     """One micro-batch on its way through the iteration; terms read from it.
 
-    x0, cond, noise, head_cond [B, D], the draws t, eps, t_hat, eps_hat, t_real, eps_real; x_t, x0_hat; real_t and fake_t (both
+    x0, cond, noise, paired [B] (is eps that noise?), head_cond [B, D], the draws t, eps, t_hat, eps_hat, t_real, eps_real; x_t, x0_hat; real_t and fake_t (both
     noised again); real_maps, fake_maps (the teacher's features), real_logits.
     """
 
@@ -645,10 +645,12 @@ def step(state, world, recipe, terms, i, device, micro_batch=None):
     joint = {k: v[first:first + n] for k, v in draw(recipe, i, x0.shape[1:]).items()} | {"x0": x0, "cond": cond}
     if noise is not None:
         joint["noise"] = noise
-    if recipe.paired_noise:
+    k = torch.arange(first, first + n)                  # the paired ones lie evenly in the batch
+    joint["paired"] = ((k + 1) * recipe.paired_share).floor() > (k * recipe.paired_share).floor()
+    if recipe.paired_share:
         if noise is None:
-            raise UserError("paired_noise = True: this world does not store the noise that its samples were made from; set it to false")
-        joint["eps"] = noise
+            raise UserError(f"paired_share = {recipe.paired_share}: this world does not store the noise that its samples were made from; set it to 0")
+        joint["eps"] = torch.where(expand(joint["paired"], noise), noise, joint["eps"])
     metrics, share = {}, micro_batch / n
     for start in range(0, n, micro_batch):
         p = Pass(**{k: v[start:start + micro_batch].to(device) for k, v in joint.items()})
@@ -1210,17 +1212,19 @@ def run_command(argv):
           + (", ".join(f"{k} = {b} (not {a})" for k, (a, b) in changed.items()) or "nothing"))
     world.prepare()
     refuse_noise(world.read(0, min(64, recipe.batch))[0], options.i_know)
-    def make_folder():
-        if options.resume:                              # a resumed run may be longer
-            return write_json(run / "config.json", {**stored, "recipe": dataclasses.asdict(recipe), "drift": changed})
-        part = run.with_name(run.name + ".part")        # made beside and renamed: a run's folder is whole or not there
-        shutil.rmtree(part, ignore_errors=True)
-        (part / "samples").mkdir(parents=True)
-        write_json(part / "config.json", {"world": module.NAME, "recipe": dataclasses.asdict(recipe), "drift": changed,
-                                          "data": world.fingerprint(), **world.config, **versions()})
+    if options.resume:                                  # a resumed run may be longer
+        from_first(lambda: write_json(run / "config.json", {**stored, "recipe": dataclasses.asdict(recipe), "drift": changed}))
+    else:                                               # made beside and renamed: a run's folder is whole or not there
+        part = run.with_name(run.name + ".part")
+
+        def make_folder():
+            shutil.rmtree(part, ignore_errors=True)
+            (part / "samples").mkdir(parents=True)
+            write_json(part / "config.json", {"world": module.NAME, "recipe": dataclasses.asdict(recipe), "drift": changed,
+                                              "data": world.fingerprint(), **world.config, **versions()})
+        from_first(make_folder)
         world.draw_start(part / "start.png")
-        os.replace(part, run)
-    from_first(make_folder)
+        from_first(lambda: os.replace(part, run))
     state = train(world, recipe, run, options, device)
     with state.averaged() as student:
         world.finish(run, student, changed)

@@ -1029,24 +1029,25 @@ def test_samples_conditions_and_draws_stay_paired(world):
     assert used == ladd.reader_indices(tiny.N, 0, 64, 0)[0].tolist()
 
 
-@pytest.mark.parametrize("paired", [False, True])
-def test_paired_noise_is_the_noise_that_x0_was_made_from(world, paired):
-    r, passes = tiny.recipe(paired_noise=paired), []
+@pytest.mark.parametrize("share, want", [(0.0, []), (0.25, [3, 7, 11, 15]), (0.5, [1, 3, 5, 7, 9, 11, 13, 15]), (1.0, list(range(16)))])
+def test_paired_noise_is_the_noise_that_x0_was_made_from(world, share, want):
+    r, passes = tiny.recipe(paired_share=share), []
     terms = ladd.Terms(add_heads=(lambda p, state: passes.append(p) or 0.0 * p.x0.sum(),))
     tiny.run_steps(tiny.state(world, r), world, r, [0], terms, micro_batch=8)
     for p in passes:
         rows = (p.cond[:, 0] * tiny.N).round().long()
-        assert torch.equal(p.eps, world.noise[rows]) == paired
+        assert ((p.eps == world.noise[rows]).flatten(1).all(1) == p.paired).all()
         torch.testing.assert_close(p.x_t, torch.lerp(p.x0, p.eps, p.t[:, None, None, None]), rtol=0, atol=1e-6)
+    assert torch.cat([p.paired for p in passes]).nonzero()[:, 0].tolist() == want    # evenly: every micro-batch has its share
     joint = ladd.draw(r, 0, tiny.SHAPE)
     assert torch.equal(torch.cat([p.eps_hat for p in passes]), joint["eps_hat"])      # the second noise stays a fresh one
 
 
 def test_paired_noise_in_a_world_without_noise_is_refused(world):
-    read, r = world.read, tiny.recipe(paired_noise=True)
+    read, r = world.read, tiny.recipe(paired_share=0.5)
     world.read = lambda start, count: (*read(start, count)[:2], None)
     tiny.run_steps(tiny.state(world, tiny.recipe()), world, tiny.recipe(), [0])        # not needed: not missed
-    with pytest.raises(UserError, match="paired_noise"):
+    with pytest.raises(UserError, match="paired_share"):
         tiny.run_steps(tiny.state(world, r), world, r, [0])
 
 

@@ -274,7 +274,7 @@ def test_the_papers_recipe_by_name(plain, out):
 
 def test_every_variant_trains(plain, out):
     plain("variants", "--iterations", "2", "--loss", "relativistic", "--gradient-penalty", "1", "--approximate-r1", "1", "--misaligned", "0.5",
-          "--distill-weight", "1", "--score-weight", "1", "--backward-simulation", "true", "--paired-noise", "true", "--r1-weight", "1",
+          "--distill-weight", "1", "--score-weight", "1", "--backward-simulation", "true", "--paired-share", "0.5", "--r1-weight", "1",
           "--heads-see-t", "true", "--time-probs", "0.25,0.25,0.25,0.25")
     last = metrics(out / "variants")[-1]
     assert {"distill_loss", "score_loss", "r1"} <= set(last) and last["skipped"] == 0

@@ -70,7 +70,7 @@ def test_every_function_that_the_readme_names_exists():
     departures = README[README.index("## The recipe"):README.index("## Your own")]
     fields = {n for row in re.findall(r"^\| .*? \| (`.*?) \| .* \|$", departures, re.M) for n in re.findall(r"`(\w+)`", row)} - {"mean_over_heads"}
     assert len(fields) >= 8 and all(hasattr(world.TOY, n) for n in fields), fields
-    assert {ladd.drift(world.TOY, world.PAPER).keys() >= {"paired_noise", "loss", "distill_weight", "backward_simulation", "share_noise"}} == {True}
+    assert {ladd.drift(world.TOY, world.PAPER).keys() >= {"paired_share", "loss", "distill_weight", "backward_simulation", "share_noise"}} == {True}
 
 
 def test_what_the_paper_recipe_turns_on():

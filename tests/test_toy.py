@@ -671,11 +671,15 @@ def test_terms_of_the_heads_take_features_in_bfloat16(name):
     assert value.dtype == torch.float32 and all(w.grad is None or w.grad.isfinite().all() for w in heads.parameters())
 
 
-@pytest.mark.parametrize("below, counts", [(1.0, [0, 1, 2, 3]), (0.99, [1, 2, 3]), (0.5, [2, 3]), (0.1, [])])
-def test_distillation_counts_the_times_up_to_its_limit(below, counts):
+@pytest.mark.parametrize("below, paired, simulated, counts", [
+    (1.0, [1, 1, 1, 1], False, [0, 1, 2, 3]), (0.99, [1, 1, 1, 1], False, [1, 2, 3]), (0.5, [1, 1, 1, 1], False, [2, 3]),
+    (0.1, [1, 1, 1, 1], False, []), (1.0, [0, 1, 0, 1], False, [1, 2, 3]), (1.0, [1, 0, 0, 1], True, [0, 3]),
+    (0.5, [1, 0, 1, 0], True, [2]), (0.99, [0, 0, 0, 0], False, [1, 2, 3])])
+def test_distillation_counts_the_times_up_to_its_limit_where_the_input_tells_of_x0(below, paired, simulated, counts):
     p = some_pass()                                                     # t = 1, .75, .5, .25
+    p.paired = torch.tensor(paired, dtype=torch.bool)
     error = ((p.x0_hat - p.x0) ** 2).mean((1, 2, 3)).tolist()
-    value = variants.distillation(recipe(distill_weight=3.0, distill_below=below, paired_noise=True))(p, None)
+    value = variants.distillation(recipe(distill_weight=3.0, distill_below=below, paired_share=0.5, backward_simulation=simulated))(p, None)
     assert float(value) == pytest.approx(3.0 * sum(error[i] for i in counts) / 4, rel=1e-5)
 
 

@@ -97,11 +97,13 @@ def misaligned(recipe, world):
 def distillation(recipe):
     """Squared error of the student's guess to the teacher's sample, for times up to `distill_below`.
 
-    At t = 1 it means something only with `paired_noise`: then x_1 is the noise that the teacher made x0 from.
+    Where noise is fresh, the input says nothing of this very x0 at t = 1, nor at t < 1 under `backward_simulation`: such samples
+    are left to the adversarial loss.
     """
     def term(p, state):
         error = (p.x0_hat - p.x0).square().flatten(1).mean(1)
-        return recipe.distill_weight * (error * (p.t <= recipe.distill_below)).mean()
+        tied = p.paired | ((p.t < 1) & (not recipe.backward_simulation))
+        return recipe.distill_weight * (error * (tied & (p.t <= recipe.distill_below))).mean()
     term.__name__ = "distill_loss"
     return term
 

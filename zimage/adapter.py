@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import ladd
 from ladd import UserError
 
 BASE = "Tongyi-MAI/Z-Image"
@@ -58,13 +59,6 @@ class ZImageVelocity(nn.Module):
         captions = [c.to(x.device, self.dtype) for c in cond.captions]
         out = self.transformer(list(x.unbind(0)), 1 - t.float(), captions, return_dict=False)[0]
         return -torch.stack([o.float() for o in out]).squeeze(2)
-
-
-def truncated(transformer, last):
-    """The transformer up to layer `last`, sharing all weights: what a teacher that is only tapped need run. Its output is void."""
-    shallow = type(transformer).__new__(type(transformer))
-    shallow.__dict__ = {**transformer.__dict__, "_modules": {**transformer._modules, "layers": transformer.layers[:last + 1]}}
-    return shallow
 
 
 def image_tokens(f, x_t):
@@ -128,13 +122,20 @@ def turbo_warning(folder):
     return None
 
 
+def reason(error):
+    """The first line of an exception's message, or its kind where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def load_transformer(folder, dtype):
     """The transformer alone, in dtype, frozen. UserError where its files are missing or cut off."""
     from diffusers import ZImageTransformer2DModel
     try:
-        model = ZImageTransformer2DModel.from_pretrained(folder, subfolder="transformer", dtype=dtype)
+        model, told = ZImageTransformer2DModel.from_pretrained(folder, subfolder="transformer", dtype=dtype, output_loading_info=True)
     except Exception as error:          # OSError, ValueError, SafetensorError, ...: by what is damaged
-        raise UserError(f"--model {folder}: the transformer can't be loaded ({str(error).strip().splitlines()[0]})") from error
+        raise UserError(f"--model {folder}: the transformer can't be loaded ({reason(error)})") from error
+    if wrong := [*told["missing_keys"], *told["unexpected_keys"]]:      # diffusers would leave them as they happen to be
+        raise UserError(f"--model {folder}: {len(wrong)} weights do not fit transformer/config.json, {wrong[0]} first")
     return model.eval().requires_grad_(False)
 
 
@@ -144,9 +145,19 @@ def load_pipeline(folder, dtype, device, **parts):
     try:
         pipe = ZImagePipeline.from_pretrained(folder, dtype=dtype, **parts)
     except Exception as error:
-        raise UserError(f"--model {folder}: the pipeline can't be loaded ({str(error).strip().splitlines()[0]})") from error
+        raise UserError(f"--model {folder}: the pipeline can't be loaded ({reason(error)})") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def load_vae(folder, dtype, device):
+    """The pipeline's VAE alone, frozen."""
+    from diffusers import AutoencoderKL
+    try:
+        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=dtype)
+    except Exception as error:
+        raise UserError(f"--model {folder}: the VAE can't be loaded ({reason(error)})") from error
+    return vae.to(device).eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -172,5 +183,4 @@ def teacher_times(steps, shift):
 
 def noise_for(seed, index, h, w):
     """The starting noise [16, h, w] of sample `index`: keyed, so it need not be stored."""
-    import ladd
     return torch.randn(CHANNELS, h, w, generator=ladd.generator(seed, index, "zimage noise"))

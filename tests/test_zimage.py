@@ -1,0 +1,372 @@
+"""Z-Image: the adapter against diffusers' own pipeline, the whole job on a tiny random pipeline, sharded and on two ranks."""
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_zimage
+import torch
+
+import ladd
+from zimage import adapter, fsdp, precompute
+from zimage import world as zworld
+from zimage.adapter import Prompts, ZImageVelocity
+from zimage.data import Latents
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+TINY = ["--taps", "1,3", "--head-width", "16", "--batch", "4", "--log-every", "1", "--evaluate-every", "0"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_zimage.save(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def pipe(model):
+    return adapter.load_pipeline(model, torch.float32, CPU)
+
+
+@pytest.fixture(scope="module")
+def data(model, tmp_path_factory):
+    """Ten samples of two sizes, captions of two padded lengths."""
+    folder = tmp_path_factory.mktemp("data")
+    prompts = folder / "prompts.txt"
+    prompts.write_text("".join(f"{'a very long description of ' * (k % 2)}thing {k}\n" for k in range(10)))
+    assert precompute.main(["--model", str(model), "--prompts", str(prompts), "--out", str(folder / "made"), "--resolution", "64,96x64",
+                            "--steps", "3", "--guidance", "3", "--dtype", "float32", "--shard-size", "3"]) == 0
+    return folder / "made"
+
+
+@pytest.fixture(autouse=True)
+def no_group():
+    """A group of one that a test has started ends with it."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def batch(pipe, *prompts, h=8, w=12):
+    """Noise [n, 16, h, w] and the prompts' features."""
+    z = torch.stack([adapter.noise_for(3, i, h, w) for i in range(len(prompts))])
+    captions = adapter.encode(pipe, list(prompts))
+    return z, Prompts(captions, torch.stack([c.mean(0) for c in captions]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The adapter, against the pipeline
+# ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("w, h, wide", [(1, 8, 8), (5, 8, 12), (2.5, 12, 8)])
+def test_guided_teacher_is_the_stock_pipeline(pipe, w, h, wide):
+    prompts = ["a cat", "a long sentence about a dog and its dish"]
+    z, cond = batch(pipe, *prompts, h=h, w=wide)
+    empty = Prompts(adapter.encode(pipe, ["", ""]), cond.vector)
+    ours = ladd.sample_euler(ladd.guided(ZImageVelocity(pipe.transformer), lambda c: empty, w), z, adapter.teacher_times(5, 6.0), cond)
+    theirs = pipe(list(prompts), height=8 * h, width=8 * wide, num_inference_steps=5, guidance_scale=w - 1, latents=z, output_type="latent").images
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    assert theirs.std() > 0.5
+
+
+@torch.no_grad()
+def test_the_student_at_step_0_is_the_pipelines_guess_at_every_t(pipe, model):
+    """x0 = x_t - sigma v with v = -model(x_t, 1 - sigma), written out on the bare transformer."""
+    z, cond = batch(pipe, "a cat", "two cats")
+    x0 = torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
+    for sigma in (1.0, 0.75, 0.5, 0.25):
+        x_t = (1 - sigma) * x0 + sigma * z
+        out = pipe.transformer(list(x_t.unsqueeze(2)), torch.tensor([1 - sigma] * 2), cond.captions, return_dict=False)[0]
+        want = x_t + sigma * torch.stack(out).squeeze(2)
+        t = torch.full((2,), sigma)
+        got = ladd.velocity_to_x0(x_t, ZImageVelocity(pipe.transformer)(x_t, t, cond), t)
+        torch.testing.assert_close(got, want)
+        told_sigma = pipe.transformer(list(x_t.unsqueeze(2)), torch.tensor([sigma] * 2), cond.captions, return_dict=False)[0]
+        assert sigma == 0.5 or not torch.allclose(got, x_t + sigma * torch.stack(told_sigma).squeeze(2), atol=1e-3)
+
+
+def test_time_stays_float32_in_a_bfloat16_model():
+    seen = []
+    net = tiny_zimage.transformer().to(torch.bfloat16)
+    net.register_forward_pre_hook(lambda module, args: seen.append((args[0][0].dtype, args[1], args[2][0].dtype)))
+    with torch.no_grad():
+        v = ZImageVelocity(net)(torch.randn(1, 16, 8, 8), torch.tensor([0.27]), Prompts([torch.randn(5, 32)], torch.zeros(1, 3)))
+    assert seen[0][0] == seen[0][2] == torch.bfloat16 and seen[0][1].dtype == torch.float32
+    assert float(seen[0][1] * 1000) == pytest.approx(730, abs=1e-3) and v.dtype == torch.float32
+
+
+def test_times_of_the_teacher_are_the_schedulers(pipe):
+    for steps, shift in ((4, 6.0), (50, 3.0), (7, 1.0)):
+        scheduler = type(pipe.scheduler)(shift=shift)
+        scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
+        assert adapter.teacher_times(steps, shift) == pytest.approx(scheduler.sigmas[:-1].tolist(), abs=1e-6)
+    assert adapter.teacher_times(4, 1.0) == [1, 0.75, 0.5, 0.25]
+
+
+@torch.no_grad()
+def test_taps_hold_image_tokens_alone_in_a_mixed_batch(pipe):
+    """A batch of captions of 1, 2 and 3 padded lengths: each sample's map is what it is alone, and pads and caption are no part of it."""
+    net, prompts = pipe.transformer, ["a", "word " * 8, "many words " * 6]
+    for h, w in ((8, 8), (6, 12), (10, 6)):                         # 16, 18 and 15 tokens of 32: pads within
+        z, cond = batch(pipe, *prompts, h=h, w=w)
+        assert len({adapter.padded_length(c) for c in cond.captions}) == 3
+        maps = lambda x, c: adapter.image_tokens(ladd.tapped(net.layers, ("2",), lambda: ZImageVelocity(net)(x, torch.full((len(x),), 0.6), c),
+                                                             False)[0], x)
+        together = maps(z, cond)
+        assert together.shape == (3, 48, h // 2, w // 2)
+        for k in range(3):
+            torch.testing.assert_close(together[k:k + 1], maps(z[k:k + 1], cond[k:k + 1]), rtol=1e-4, atol=1e-4)
+    shifted = z.clone()
+    shifted[..., :2, :2] += 10                                      # the first token's pixels move the first place of the map most
+    change = (maps(shifted, cond) - together).abs().sum(1)
+    assert (change.flatten(1).argmax(1) == 0).all()
+
+
+def test_image_tokens_of_a_known_sequence():
+    h, w = 3, 2
+    f = torch.arange(h * w + 5.)[None, :, None].expand(1, -1, 4)    # five rows of something else behind
+    assert adapter.image_tokens(f, torch.zeros(1, 16, 2 * h, 2 * w))[0, 0].tolist() == [[0, 1], [2, 3], [4, 5]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Building and sharding
+# ---------------------------------------------------------------------------------------------------------------------
+
+def features_and_gradient(net, x, t, cond):
+    x = x.clone().requires_grad_()
+    maps = ladd.tapped(net.layers, ("0", "2"), lambda: ZImageVelocity(net, torch.float32)(x, t, cond), False)
+    maps = [adapter.image_tokens(f, x) for f in maps]
+    sum(m.square().mean() for m in maps).backward()
+    return *maps, x.grad
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("cut", [False, True])
+def test_features_do_not_depend_on_sharding_checkpointing_or_the_early_end(model, pipe, sharded, checkpointing, cut):
+    fsdp.start_alone(CPU)
+    net = fsdp.build(model, torch.float32, CPU, sharded, torch.float32, frozen=True)
+    if cut:
+        del net.layers[3:]
+    if checkpointing:
+        net.enable_gradient_checkpointing()
+    z, cond = batch(pipe, "a cat", "a much longer caption, of more than thirty-two tokens")
+    t = torch.tensor([0.2, 0.9])
+    for a, b in zip(features_and_gradient(net, z, t, cond), features_and_gradient(pipe.transformer, z, t, cond)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert not any(p.requires_grad or p.grad is not None for p in net.parameters())
+
+
+def test_a_sharded_student_samples_with_its_average_after_a_pass_without_gradient(model, pipe):
+    """FSDP may keep gathered weights after a pass without gradient; the average must not be lost on them."""
+    fsdp.start_alone(CPU)
+    net = fsdp.build(model, torch.float32, CPU, True, torch.float32, frozen=False)
+    velocity, ema = ZImageVelocity(net, torch.float32), ladd.EMA(net, 10.0, 0.1)
+    z, cond = batch(pipe, "a cat")
+    t = torch.tensor([0.5])
+    with torch.no_grad():
+        before = velocity(z, t, cond)
+        for mean in ema.mean:
+            mean.mul_(1.1)
+        ema.swap(net)
+        got = velocity(z, t, cond)
+        other = tiny_zimage.transformer()
+        for p in other.parameters():
+            p.mul_(1.1)
+        torch.testing.assert_close(got, ZImageVelocity(other)(z, t, cond))
+        ema.swap(net)
+        assert torch.equal(velocity(z, t, cond), before) and not torch.allclose(before, got, atol=1e-2)
+
+
+def test_saved_whole_weights_are_the_models(model, pipe, tmp_path):
+    from diffusers import ZImageTransformer2DModel
+    fsdp.start_alone(CPU)
+    net = fsdp.build(model, torch.float32, CPU, True, torch.float32, frozen=False)
+    loaded = ZImageTransformer2DModel.from_pretrained(fsdp.save_whole(net, tmp_path / "student", torch.float32))
+    for (k, a), b in zip(loaded.state_dict().items(), pipe.transformer.state_dict().values()):
+        assert torch.equal(a, b), k
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The job
+# ---------------------------------------------------------------------------------------------------------------------
+
+def distil(model, data, out, name, *more):
+    return ladd.main(["--zimage", "--model", str(model), "--data", str(data), "--out", str(out), "--name", name, "--device", "cpu", *TINY, *more])
+
+
+def torchrun(n, *argv, **env):
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "--master_port=0", "--rdzv_backend=c10d",
+                           "--rdzv_endpoint=localhost:0", *argv], cwd=ROOT, capture_output=True, text=True, timeout=240,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+
+
+def checkpoint(run):
+    """A run's newest checkpoint as a flat dict of whole tensors, whatever number of ranks wrote it."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+    path = ladd.newest_checkpoint(run)
+    dcp_to_torch_save(path, run / "whole.pt")
+    flat = {}
+
+    def walk(value, *key):
+        for k, v in value.items() if isinstance(value, dict) else ():
+            walk(v, *key, str(k))
+        if isinstance(value, torch.Tensor):
+            flat[".".join(key)] = value
+    walk(torch.load(run / "whole.pt", weights_only=False))
+    return flat
+
+
+def far(a, b):
+    """|a - b| / |b|, of whole tensors."""
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
+
+
+def assert_same_training(a, b, tolerance):
+    """Two runs' checkpoints: the last clipped gradients (with beta1 = 0 that is exp_avg) and what the student has learned are equal
+    within tolerance: the heads compute in bfloat16 where the CPU does, and round otherwise in another batch. Single elements with a
+    gradient of nearly 0 are not: AdamW makes a step of either sign of them."""
+    assert a.keys() == b.keys() and len(a) > 50
+    start = tiny_zimage.transformer().state_dict()
+    gradients = [k for k in a if k.endswith("exp_avg") and float(b[k].norm()) > 1e-6]
+    assert len(gradients) > 50
+    for k in gradients:
+        assert far(a[k], b[k]) < tolerance, k
+    one, two = (torch.cat([(c[f"student.transformer.{k}"].double() - w.double()).flatten() for k, w in start.items()]) for c in (a, b))
+    assert far(one, two) < 0.1 and two.abs().max() > 1e-6
+
+
+@pytest.fixture(scope="module")
+def alone(model, data, tmp_path_factory):
+    """Six iterations on one rank, checkpointed at 3 and 6, with grids."""
+    out = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ladd, "sample_diversity", functools.partial(ladd.sample_diversity, pairs=8))
+        assert distil(model, data, out, "a", "--iterations", "6", "--checkpoint-every", "3", "--evaluate-every", "4") == 0
+    return out / "a"
+
+
+def test_the_whole_job(alone, pipe):
+    from diffusers import ZImageTransformer2DModel
+    about = json.loads((alone / "student" / "about.json").read_text())
+    assert about == {"iteration": 6, "weights": "average", "dtype": "float32"}
+    for name in ("start.png", "samples/0000004.png", "samples/0000004-raw.png", "samples/final.png"):
+        assert (alone / name).stat().st_size > 10_000
+    student = ZImageTransformer2DModel.from_pretrained(alone / "student")
+    state = checkpoint(alone)
+    for k, p in enumerate(student.parameters()):                                   # what is exported is the average
+        assert torch.equal(p, state[f"ema.{k}"])
+    assert any(not torch.equal(a, b) for a, b in zip(student.parameters(), pipe.transformer.parameters()))
+    lines = [json.loads(line) for line in (alone / "metrics.jsonl").read_text().splitlines()]
+    assert [d["iteration"] for d in lines if "student_loss" in d] == [3, 6]         # one student update for three of the heads
+    judged = next(d for d in lines if "sample_diversity" in d)
+    assert judged["collapsed"] == 0 and {"variance@4", "distance@1"} <= judged.keys()
+    config = json.loads((alone / "config.json").read_text())
+    assert config["world"] == "zimage" and config["recipe"]["taps"] == ["1", "3"] and config["drift"]["batch"] == [32, 4]
+
+
+def half_done(run, folder):
+    """A copy of a run as folder/a, as if it had been killed after its third iteration."""
+    shutil.copytree(run, folder / "a")
+    shutil.rmtree(folder / "a" / "checkpoints" / "step-0000006")
+
+
+def test_killed_and_resumed_is_never_killed(alone, model, data, tmp_path):
+    half_done(alone, tmp_path)
+    assert distil(model, data, tmp_path, "a", "--iterations", "6", "--checkpoint-every", "3", "--resume") == 0
+    a, b = checkpoint(alone), checkpoint(tmp_path / "a")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_every_element_with_a_gradient_moves_at_5e_6(model, data, tmp_path):
+    """bf16 weights would round the update away (and the teacher's stay as they were)."""
+    assert distil(model, data, tmp_path, "a", "--iterations", "2", "--gen-every", "1", "--lr-warmup", "0", "--checkpoint-every", "2") == 0
+    state, start = checkpoint(tmp_path / "a"), tiny_zimage.transformer().state_dict()
+    moved = total = 0
+    for k, w in start.items():
+        # AdamW with beta1 = 0 after one step: w - lr g / (|g| + 1e-8)
+        w64, m = w.double(), state[f"student_opt.state.transformer.{k}.exp_avg"].double()
+        on = m.abs() > 1e-7
+        want = w64 - 5e-6 * m / (m.abs() + 1e-8)
+        got = state[f"student.transformer.{k}"].double()
+        assert ((got - want).abs() <= 1e-6 * w64.abs() + 1e-9)[on].all(), k
+        moved, total = moved + int((got != w64)[on].sum()), total + int(on.sum())
+    assert total > 100_000 and moved >= 0.99 * total
+
+
+def test_calls_and_cost_of_an_iteration(model, data, monkeypatch, tmp_path):
+    """Student once, teacher twice on every iteration: so 3 + 3 + 6 = 12 F for a student update at gen_every 3, and 6 at 1."""
+    calls, steps = [], []
+    real = ZImageVelocity.forward
+
+    def forward(self, x_t, t, cond):
+        calls.append((self.transformer.layers[0].attention.to_q.weight.requires_grad, torch.is_grad_enabled(), len(x_t)))
+        return real(self, x_t, t, cond)
+    step = ladd.step
+
+    def counted(*args, **kwargs):
+        calls.clear()
+        out = step(*args, **kwargs)
+        steps.append(list(calls))
+        return out
+    monkeypatch.setattr(ZImageVelocity, "forward", forward)
+    monkeypatch.setattr(ladd, "step", counted)
+    assert distil(model, data, tmp_path, "a", "--iterations", "3", "--no-checkpointing") == 0
+    student, teacher = (True, False, 4), (False, False, 4)
+    assert steps[0] == steps[1] == [student, teacher, teacher]
+    assert steps[2] == [(True, True, 4), teacher, (False, True, 4)]
+    # forwards: 3 an iteration; the backward of the third: 1 through the teacher, 2 through the student
+    assert sum(len(s) for s in steps) + sum(1 if not trained else 2 for s in steps for trained, graph, _ in s if graph) == 12
+
+
+def test_both_worlds_run_the_same_step():
+    from toy_mnist import world as toy
+    assert toy.ladd.step is zworld.ladd.step is ladd.step
+    assert issubclass(toy.ToyWorld, ladd.World) and issubclass(zworld.ZImageWorld, ladd.World)
+    assert all("step" not in vars(cls) for cls in (toy.ToyWorld, zworld.ZImageWorld))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two ranks
+# ---------------------------------------------------------------------------------------------------------------------
+
+def job(model, data, out, *more):
+    return ["ladd.py", "--zimage", "--model", str(model), "--data", str(data), "--out", str(out), "--name", "a", "--device", "cpu", *TINY,
+            "--iterations", "6", "--checkpoint-every", "3", *more]
+
+
+@pytest.fixture(scope="module")
+def pair(model, data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("pair")
+    done = torchrun(2, *job(model, data, out))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out / "a", done
+
+
+def test_two_ranks_make_the_steps_of_one(pair, alone):
+    assert_same_training(checkpoint(pair[0]), checkpoint(alone), 0.1)
+    a, b = ([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()
+             if "heads_loss" in line] for run in (pair[0], alone))
+    assert [d["iteration"] for d in a] == [d["iteration"] for d in b]
+    for one, two in zip(a, b):
+        assert one.keys() == two.keys()
+        for k in {"heads_loss", "student_loss", "student_grad_norm", "heads_grad_norm"} & one.keys():
+            assert one[k] == pytest.approx(two[k], rel=0.02)
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_with_one(pair, alone, model, data, tmp_path):
+    half_done(pair[0], tmp_path)
+    assert distil(model, data, tmp_path, "a", "--iterations", "6", "--checkpoint-every", "3", "--resume") == 0
+    assert_same_training(checkpoint(tmp_path / "a"), checkpoint(alone), 0.1)
+
+
+def test_a_checkpoint_of_one_rank_goes_on_with_two_and_a_sharded_teacher(alone, model, data, tmp_path):
+    half_done(alone, tmp_path)
+    done = torchrun(2, *job(model, data, tmp_path, "--resume", "--teacher-sharded"))
+    assert done.returncode == 0 and "step-0000003" in done.stdout, done.stderr[-3000:]
+    assert_same_training(checkpoint(tmp_path / "a"), checkpoint(alone), 0.1)

@@ -1,0 +1,221 @@
+"""The Z-Image world: what `torchrun ladd.py --zimage` gives to the method. Nothing here has been proven at full scale: see the README."""
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import ladd
+from ladd import note, say
+from zimage import fsdp
+from zimage.adapter import (BASE, ZImageVelocity, decode, image_tokens, load_vae, model_fingerprint, model_folder, turbo_warning)
+from zimage.data import Latents
+
+NAME = "zimage"
+GRID = 4                    # prompts of the grids
+
+
+@dataclasses.dataclass(frozen=True)
+class ZImageRecipe(ladd.Recipe):
+    """The core's recipe, and which text vector the heads are told."""
+
+    text_vector: str = note("qwen", "what the heads are told of the prompt: Qwen's features, averaged, or CLIP's text vector", choices=("qwen", "clip"))
+
+
+# Put together from published reports and untested at scale: learning rates, three updates of the heads for one of the student, the tapped
+# layers, and m = 0.5 for t-hat where the heads are told Qwen's features (1 with CLIP's).
+ZIMAGE = ZImageRecipe(iterations=20_000, batch=32, student_lr=5e-6, head_lr=1e-5, lr_decay="none", gen_every=3, renoise_mean=0.5,
+                      taps=("5", "10", "15", "20", "25", "29"), head_width=256)
+ZIMAGE_CLIP = dataclasses.replace(ZIMAGE, text_vector="clip", renoise_mean=1.0)
+RECIPES = {"zimage": ZIMAGE, "zimage-clip": ZIMAGE_CLIP}
+REFERENCE = ZIMAGE
+
+
+def add_arguments(group):
+    group.add_argument("--model", default=BASE, metavar="ID_OR_DIR", help="the teacher: a folder or a name on the hub (default %(default)s)")
+    group.add_argument("--data", metavar="DIR", help="what python -m zimage.precompute wrote")
+    group.add_argument("--teacher-sharded", action="store_true", help="shard the teacher over the ranks too (default: whole on each, 12.3 GB)")
+    group.add_argument("--no-checkpointing", action="store_true", help="keep all activations: faster, and far more memory")
+    group.add_argument("--ema-on-host", action="store_true", help="keep the student's average in the host's memory")
+    group.add_argument("--dtype", choices=("bfloat16", "float32"), help="what the networks compute in (default: bfloat16 on a GPU, float32 on a CPU)")
+
+
+def make_world(recipe, options, device):
+    return ZImageWorld(recipe, options, device)
+
+
+class ZImageWorld(ladd.World):
+    early_exit = False      # the teacher is cut off after its last tap instead, which sharding and checkpointing bear
+
+    def __init__(self, recipe, options, device):
+        if not options.data:
+            raise ladd.UserError("--data: name the folder of the teacher's latents; make one by python -m zimage.precompute "
+                                 f"--model {options.model} --prompts zimage/prompts/train.txt --out DIR")
+        self.recipe, self.options, self.device = recipe, options, device
+        self.folder = model_folder(options.model)
+        if warning := turbo_warning(self.folder):
+            say(warning)
+        self.data = Latents(options.data, vector=recipe.text_vector)
+        self.fingerprint_of_model = model_fingerprint(self.folder)
+        self.data.check_model(self.fingerprint_of_model)
+        self.model_config, layers = fsdp.config_of(self.folder), fsdp.config_of(self.folder)["n_layers"]
+        unknown = [name for name in recipe.taps if not (name.isdecimal() and int(name) < layers)]
+        if unknown or not recipe.taps:
+            raise ladd.UserError(f"taps = {list(recipe.taps)}: {unknown[0] if unknown else 'none given'} is no layer of this "
+                                 f"transformer; give some of 0 .. {layers - 1}")
+        kind = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+        self.dtype = getattr(torch, kind)
+        self.cond_dim, self.ema_device = self.data.vector_dim, torch.device("cpu") if options.ema_on_host else None
+        self.config = {"model": options.model, "dtype": kind}
+        self.check_memory()
+        fsdp.start_alone(device)
+        teacher = fsdp.build(self.folder, self.dtype, device, options.teacher_sharded, self.dtype, frozen=True)
+        self.teacher, self.tap_root, self.vae = ZImageVelocity(teacher, self.dtype), teacher.layers, None
+        self.set_checkpointing(teacher)
+
+    # ---- what the method asks for ------------------------------------------------------------------------------------
+
+    def make_student(self):
+        """float32 weights, sharded over the ranks. From here on the teacher is only tapped: its layers after the last tap go."""
+        del self.teacher.transformer.layers[max(map(int, self.recipe.taps)) + 1:]
+        student = fsdp.build(self.folder, torch.float32, self.device, True, self.dtype, frozen=False)
+        self.set_checkpointing(student)
+        return ZImageVelocity(student, self.dtype)
+
+    def set_checkpointing(self, transformer):
+        if not self.options.no_checkpointing:
+            transformer.enable_gradient_checkpointing()
+
+    def compile(self, student):
+        """Block by block, after one pass that fills the cache of positions."""
+        x0, cond, _ = self.read(0, 2)
+        for velocity in (student, self.teacher):
+            with torch.no_grad():
+                velocity(x0.to(self.device), torch.full((len(x0),), 0.5, device=self.device), cond.to(self.device))
+            velocity.transformer.compile_repeated_blocks(fullgraph=True)
+
+    def tap_map(self, name, output, x_t):
+        return image_tokens(output, x_t).float()
+
+    def head_cond(self, cond):
+        """Normalised, since a few of Qwen's channels are larger than all others by orders."""
+        return F.layer_norm(cond.vector.float(), cond.vector.shape[1:])
+
+    def read(self, start, count):
+        return self.data.read(start, count, self.recipe.batch, self.recipe.seed)
+
+    def fingerprint(self):
+        return {"teacher": self.fingerprint_of_model, "latents": self.data.about}
+
+    # ---- what it needs of the machine --------------------------------------------------------------------------------
+
+    def parameters(self):
+        """Of the transformer, counted without making it."""
+        from diffusers import ZImageTransformer2DModel
+        with torch.device("meta"):
+            return sum(p.numel() for p in ZImageTransformer2DModel.from_config(self.model_config).parameters())
+
+    def check_memory(self):
+        """Say what the run needs; UserError where weights, gradients and optimizer alone exceed the GPU, or a checkpoint the disk."""
+        n, ranks = self.parameters(), ladd.ranks()
+        need = n * (16 if self.options.ema_on_host else 20) / ranks + n * self.dtype.itemsize / (ranks if self.options.teacher_sharded else 1)
+        disk = n * (12 + 4)
+        say(f"{n / 1e9:.2f}B parameters on {ranks} ranks: {need / 1e9:.1f} GB each before activations, {disk / 1e9:.1f} GB for a checkpoint")
+        if self.device.type == "cuda" and need > (have := torch.cuda.get_device_properties(self.device).total_memory):
+            raise ladd.UserError(f"--zimage: {need / 1e9:.1f} GB are needed on each GPU before activations, and it has {have / 1e9:.1f}: use "
+                                 f"more GPUs, --teacher-sharded or --ema-on-host")
+        folder = Path(self.options.out)
+        free = shutil.disk_usage(folder if folder.exists() else ".").free
+        if disk > free:
+            raise ladd.UserError(f"--out {folder}: a checkpoint takes {disk / 1e9:.1f} GB and {free / 1e9:.1f} are free; name another folder")
+
+    def prepare(self):
+        say(f"{len(self.data)} of the teacher's latents; grids of the first {GRID} of a batch are drawn at every judged point")
+
+    # ---- looking -----------------------------------------------------------------------------------------------------
+
+    def grid_samples(self):
+        """The prompts of every grid: the first samples of the size that the first sample has. x0, cond, noise, on the device."""
+        alike = [k for k in range(len(self.data)) if self.data.sizes[k] == self.data.sizes[0]][:GRID]
+        return tuple(v.to(self.device) for v in self.data.get(alike))
+
+    def steps(self):
+        return [s for s in (4, 2, 1) if s <= len(self.recipe.times)]
+
+    def draw(self, path, rows):
+        """Rows of latents [B, 16, h, w] with a title each, decoded, as one picture; by rank 0."""
+        if ladd.rank() > 0:
+            return
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from torchvision.utils import make_grid
+        if self.vae is None:
+            self.vae = load_vae(self.folder, self.dtype, self.device)
+        fig = Figure(figsize=(10, 2.9 * len(rows)))
+        FigureCanvasAgg(fig)
+        for ax, (latents, title) in zip(fig.subplots(len(rows), 1, squeeze=False)[:, 0], rows):
+            ax.imshow(make_grid(decode(self.vae, latents), nrow=len(latents)).permute(1, 2, 0).numpy())
+            ax.set_title(title, fontsize=9), ax.axis("off")
+        fig.tight_layout()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fig.savefig(path, dpi=80)
+
+    @torch.no_grad()
+    def draw_start(self, path):
+        """What one look would catch: the teacher's latents, x_t at every t, the untrained student's guesses, both sides noised again."""
+        x0, cond, _ = self.grid_samples()
+        n = len(x0)
+        d = {k: v[:n].to(self.device) for k, v in ladd.draw(self.recipe, 0, x0.shape[1:]).items()}
+        rows = [(x0, "x0: the teacher's samples, the 'real' ones")]
+        for time in self.recipe.times:
+            t = torch.full((n,), time, device=self.device)
+            x_t = ladd.interpolate(x0, d["eps"], t)
+            guess = ladd.velocity_to_x0(x_t, self.teacher(x_t, t, cond), t)
+            rows += [(x_t, f"x_t at t = {time:g}: what the student is given"), (guess, f"the untrained student's guess from t = {time:g}")]
+        rows += [(ladd.interpolate(x0, d["eps_real"], d["t_real"]), "real, noised again"),
+                 (ladd.interpolate(guess, d["eps_hat"], d["t_hat"]), "fake, noised again")]
+        self.draw(path, rows)
+
+    def student_rows(self, student, x0, cond, noise):
+        """The student's latents by every number of steps, from the noise that the teacher's latents were made from."""
+        return {s: ladd.student_sampler(self.recipe, s)(student, noise, cond) for s in self.steps()}
+
+    def watch_raw(self, student, path):
+        samples = self.grid_samples()
+        self.draw(path, [(z, f"student, {s} steps, raw weights") for s, z in self.student_rows(student, *samples).items()])
+
+    def watch(self, student, path):
+        """A grid of the averaged student; per number of steps the spread of its latents, and their squared distance to the teacher's
+        from the same noise, both ÷ the teacher's variance. Figures to watch, no measure of quality."""
+        samples = self.grid_samples()
+        made, x0 = self.student_rows(student, *samples), samples[0]
+        self.draw(path, [(x0, "teacher")] + [(z, f"student, {s} steps, averaged weights") for s, z in made.items()])
+        return {f"{k}@{s}": float(v / x0.var()) for s, z in made.items() for k, v in (("variance", z.var()), ("distance", (z - x0).square().mean()))}
+
+    def score(self, point):
+        return None
+
+    def signs(self, point):
+        """Latents far flatter or wilder than the teacher's."""
+        return [f"{k} {v:.2f} is outside 0.5 .. 2" for k, v in point.items() if k.startswith("variance@") and not 0.5 <= v <= 2]
+
+    def draw_sample(self, run, steps):
+        raise ladd.UserError(f"--sample: for Z-Image it is python -m zimage.sample {run} --steps {steps}")
+
+    # ---- the end -----------------------------------------------------------------------------------------------------
+
+    def finish(self, run, student, changed):
+        """The averaged student as run/student/, in the format of diffusers."""
+        self.watch(student, run / "samples" / "final.png")
+        kind = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
+        part = fsdp.save_whole(student.transformer, run / "student", kind)
+
+        def complete():
+            ladd.write_json(part / "about.json", {"iteration": self.recipe.iterations, "weights": "average", "dtype": str(kind)[6:]})
+            shutil.rmtree(run / "student", ignore_errors=True)
+            os.replace(part, run / "student")
+        ladd.from_first(complete)
+        say(f"{run / 'student'} is done. Next: python -m zimage.evaluate {run}, or python -m zimage.export {run} --out DIR")
