@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -329,6 +330,28 @@ def test_both_worlds_run_the_same_step():
     assert toy.ladd.step is zworld.ladd.step is ladd.step
     assert issubclass(toy.ToyWorld, ladd.World) and issubclass(zworld.ZImageWorld, ladd.World)
     assert all("step" not in vars(cls) for cls in (toy.ToyWorld, zworld.ZImageWorld))
+
+
+def test_the_readmes_commands_run_on_the_tiny_model(model, tmp_path, monkeypatch):
+    from zimage import evaluate, export, sample
+    readme = (ROOT / "README.md").read_text()
+    lines = [re.sub(r"^torchrun \S+ ", "python ", line.split("#")[0].strip()) for line in re.findall(r"^    ((?:torchrun|python).*)$", readme, re.M)]
+    commands = [line.replace("python -m ", "").replace("python ", "") for line in lines if "zimage" in line]
+    assert [c.split()[0] for c in commands] == ["zimage.precompute", "zimage.precompute", "ladd.py", "zimage.evaluate", "zimage.sample", "zimage.export"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na bird\na fish\n")
+    small, tiny = ["--resolution", "64"], ["--dtype", "float32", "--device", "cpu"]
+    more = [["--steps", "2", *small, *tiny], ["--steps", "2", *small, *tiny], ["--model", str(model), "--iterations", "2", *TINY, *tiny],
+            ["--prompts", "prompts.txt", "--teacher-steps", "2", "--seeds", "0", "--steps", "4", *small, *tiny],
+            ["--prompts", "prompts.txt", "--teacher-steps", "2", "--count", "2", "--steps", "4", *small, *tiny], ["--dtype", "float32"]]
+    mains = [precompute.main, precompute.main, ladd.main, lambda argv: evaluate.main(argv, features=lambda x: x.flatten(1)[:, ::97]),
+             sample.main, export.main]
+    for command, main, options in zip(commands, mains, more):
+        words = command.replace("Tongyi-MAI/Z-Image", str(model)).replace(str(ROOT), "").split()[1:]
+        words = [str(ROOT / w) if w.startswith("zimage/") else w for w in words]
+        assert main(words + options) == 0, command
+        assert (tmp_path / "data").exists() == ("--plan" not in command)
+    assert (tmp_path / "runs/first/report.json").exists() and (tmp_path / "z-image-4-steps/model_index.json").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
