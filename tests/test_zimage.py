@@ -393,3 +393,33 @@ def test_a_checkpoint_of_one_rank_goes_on_with_two_and_a_sharded_teacher(alone, 
     done = torchrun(2, *job(model, data, tmp_path, "--resume", "--teacher-sharded"))
     assert done.returncode == 0 and "step-0000003" in done.stdout, done.stderr[-3000:]
     assert_same_training(checkpoint(tmp_path / "a"), checkpoint(alone), 0.1)
+
+
+DRIVER = """
+import os, signal, sys
+import ladd
+rank, step = int(os.environ["RANK"]), ladd.step
+
+def troubled(state, world, recipe, terms, i, *rest):
+    if rank == 1 and i == 1:
+        {trouble}
+    return step(state, world, recipe, terms, i, *rest)
+ladd.step = troubled
+sys.exit(ladd.main(sys.argv[1:]))
+"""
+
+
+def test_a_stop_that_one_rank_is_asked_for_ends_both_and_is_saved(model, data, tmp_path):
+    (tmp_path / "driver.py").write_text(DRIVER.format(trouble="os.kill(os.getpid(), signal.SIGTERM)"))
+    done = torchrun(2, str(tmp_path / "driver.py"), *job(model, data, tmp_path)[1:], PYTHONPATH=str(ROOT))
+    assert done.returncode != 0
+    for rank in (0, 1):
+        assert f"ladd (rank {rank}): stopped after iteration 2, saved" in done.stderr, done.stderr[-3000:]
+    assert ladd.newest_checkpoint(tmp_path / "a").name == "step-0000002"
+
+
+def test_a_failure_on_one_rank_ends_both_with_its_message(model, data, tmp_path):
+    (tmp_path / "driver.py").write_text(DRIVER.format(trouble="raise ladd.UserError('the disk of rank 1 is full')"))
+    done = torchrun(2, str(tmp_path / "driver.py"), *job(model, data, tmp_path)[1:], PYTHONPATH=str(ROOT))
+    assert done.returncode != 0 and "ladd (rank 1): the disk of rank 1 is full" in done.stderr, done.stderr[-3000:]
+    assert not (tmp_path / "a" / "student").exists()
