@@ -184,6 +184,16 @@ def test_one_seed_gives_one_student_and_another_seed_another(uninterrupted, plai
     assert metrics(out / "same") == metrics(uninterrupted)
 
 
+def test_deterministic_changes_nothing_on_the_cpu(plain, out):
+    plain("as-usual")
+    try:
+        plain("deterministic", "--deterministic")
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert (out / "as-usual/student.safetensors").read_bytes() == (out / "deterministic/student.safetensors").read_bytes()
+
+
 def test_evaluation_leaves_the_student_as_it_is(uninterrupted, full):
     assert student(uninterrupted) == student(full[0])
     assert metrics(uninterrupted) == [l for l in metrics(full[0]) if "fid@4" not in l]
