@@ -393,7 +393,8 @@ def reader_indices(n, start, count, seed):
 
 
 def draw(recipe, iteration, shape):
-    """The draws of one iteration's joint batch: t [B], eps [B, *shape], t_hat [B], eps_hat, and the real side's own pair."""
+    """The draws of one iteration's joint batch: t [B], eps [B, *shape], t_hat [B], eps_hat, the real side's own pair, and
+    paired [B]: which of them take their sample's stored noise in place of eps, evenly spread over the batch."""
     gen, n = generator(recipe.seed, iteration, "iteration"), recipe.batch
     probs = recipe.warmup_probs if iteration < recipe.warmup else recipe.time_probs
     edges = torch.tensor(probs, dtype=torch.float64).cumsum(0)[:-1]
@@ -403,6 +404,8 @@ def draw(recipe, iteration, shape):
     d = {"t": t, "eps": torch.randn(n, *shape, generator=gen), "t_hat": renoise(), "eps_hat": torch.randn(n, *shape, generator=gen)}
     d["t_real"], d["eps_real"] = ((d["t_hat"], d["eps_hat"]) if recipe.share_noise else
                                   (renoise(), torch.randn(n, *shape, generator=gen)))
+    k = torch.arange(n)
+    d["paired"] = ((k + 1) * recipe.paired_share).floor() > (k * recipe.paired_share).floor()
     return d
 
 
@@ -532,8 +535,8 @@ class Terms:
 class Pass(types.SimpleNamespace):
     """One micro-batch on its way through the iteration; terms read from it.
 
-    x0, cond, noise, paired [B] (is eps that noise?), head_cond [B, D], the draws t, eps, t_hat, eps_hat, t_real, eps_real; x_t, x0_hat; real_t and fake_t (both
-    noised again); real_maps, fake_maps (the teacher's features), real_logits.
+    x0, cond, noise, paired [B] (is eps that noise?), head_cond [B, D], the draws t, eps, t_hat, eps_hat, t_real, eps_real; x_t,
+    x0_hat; real_t and fake_t (both noised again); real_maps, fake_maps (the teacher's features), real_logits.
     """
 
 
@@ -645,8 +648,6 @@ def step(state, world, recipe, terms, i, device, micro_batch=None):
     joint = {k: v[first:first + n] for k, v in draw(recipe, i, x0.shape[1:]).items()} | {"x0": x0, "cond": cond}
     if noise is not None:
         joint["noise"] = noise
-    k = torch.arange(first, first + n)                  # the paired ones lie evenly in the batch
-    joint["paired"] = ((k + 1) * recipe.paired_share).floor() > (k * recipe.paired_share).floor()
     if recipe.paired_share:
         if noise is None:
             raise UserError(f"paired_share = {recipe.paired_share}: this world does not store the noise that its samples were made from; set it to 0")

@@ -164,7 +164,7 @@ def test_draw_is_keyed_by_seed_and_iteration():
     again = ladd.draw(r, 7, (4,))
     assert all(torch.equal(first[k], again[k]) for k in first)
     for other in (ladd.draw(r, 8, (4,)), ladd.draw(ladd.override(r, {"seed": 1}), 7, (4,))):
-        assert not any(torch.equal(first[k], other[k]) for k in first)
+        assert not any(torch.equal(first[k], other[k]) for k in first if k != "paired")
 
 
 def test_draws_leave_the_global_generator_alone():

@@ -325,6 +325,20 @@ def test_calls_and_cost_of_an_iteration(model, data, monkeypatch, tmp_path):
     assert sum(len(s) for s in steps) + sum(1 if not trained else 2 for s in steps for trained, graph, _ in s if graph) == 12
 
 
+def test_a_recipe_with_clips_vector_needs_data_that_has_it(model, data, tmp_path, capsys):
+    assert distil(model, data, tmp_path, "a", "--recipe", "zimage-clip", "--iterations", "2") == 2
+    assert "holds no vector 'clip', only qwen" in capsys.readouterr().err and not (tmp_path / "a").exists()
+
+
+def test_in_bfloat16_with_the_average_on_the_host(model, data, tmp_path):
+    from safetensors.torch import load_file
+    assert distil(model, data, tmp_path, "a", "--iterations", "3", "--dtype", "bfloat16", "--ema-on-host") == 0
+    state = checkpoint(tmp_path / "a")                                  # the weights that are trained stay float32
+    assert {v.dtype for k, v in state.items() if k.startswith(("student.", "ema."))} == {torch.float32}
+    assert {v.dtype for v in load_file(next((tmp_path / "a" / "student").glob("*.safetensors"))).values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "a" / "student" / "about.json").read_text())["dtype"] == "bfloat16"
+
+
 def test_both_worlds_run_the_same_step():
     from toy_mnist import world as toy
     assert toy.ladd.step is zworld.ladd.step is ladd.step

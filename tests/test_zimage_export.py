@@ -99,7 +99,7 @@ def test_stock_pipeline_samples_the_export_as_ladd_samples_the_student(place, n,
     ours = ladd.sample_euler(adapter.ZImageVelocity(student), z, times, cond)
     assert made.shape == ours.shape == (2, 16, size[0] // 8, size[1] // 8)
     torch.testing.assert_close(made, ours, atol=1e-5, rtol=0)
-    untrained = ladd.sample_euler(adapter.ZImageVelocity(adapter.load_transformer(place.base, torch.float32)), z, times, cond)
+    untrained = ladd.sample_euler(adapter.ZImageVelocity(adapter.load_transformer(place.base / "transformer", torch.float32)), z, times, cond)
     assert (ours - untrained).abs().max() > 0.1, "the student is told from the base model"
 
 

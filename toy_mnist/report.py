@@ -26,7 +26,7 @@ def draw_start(world, path):
     d = ladd.draw(recipe, 0, world.shape)
     n = min(10, recipe.batch)
     x0, cond, noise = (v[:n] for v in world.read(0, recipe.batch))
-    eps = noise if recipe.paired_share else d["eps"][:n]
+    eps = torch.where(ladd.expand(d["paired"][:n], noise), noise, d["eps"][:n])
     rows = [(x0, "x0: the teacher's samples, the 'real' ones; labels " + " ".join(map(str, cond.tolist())))]
     for t in recipe.times:
         x_t = ladd.interpolate(x0, eps, torch.full((n,), t))

@@ -127,15 +127,16 @@ def reason(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def load_transformer(folder, dtype):
-    """The transformer alone, in dtype, frozen. UserError where its files are missing or cut off."""
+def load_transformer(folder, dtype, way_out="download the model again, or name another"):
+    """The transformer that lies in `folder` itself, in dtype, frozen. UserError, ending in way_out, where its
+    files are missing, damaged or lack a weight."""
     from diffusers import ZImageTransformer2DModel
     try:
-        model, told = ZImageTransformer2DModel.from_pretrained(folder, subfolder="transformer", dtype=dtype, output_loading_info=True)
+        model, told = ZImageTransformer2DModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except Exception as error:          # OSError, ValueError, SafetensorError, ...: by what is damaged
-        raise UserError(f"--model {folder}: the transformer can't be loaded ({reason(error)})") from error
-    if wrong := [*told["missing_keys"], *told["unexpected_keys"]]:      # diffusers would leave them as they happen to be
-        raise UserError(f"--model {folder}: {len(wrong)} weights do not fit transformer/config.json, {wrong[0]} first")
+        raise UserError(f"{folder}: can't be loaded ({reason(error)}); {way_out}") from error
+    if wrong := sorted(told["missing_keys"]) + sorted(told["unexpected_keys"]):     # diffusers would fill a lost weight with anything
+        raise UserError(f"{folder}: {len(wrong)} weights are missing or unknown, {wrong[0]} among them; {way_out}")
     return model.eval().requires_grad_(False)
 
 

@@ -54,8 +54,9 @@ def build(folder, dtype, device, sharded, compute_dtype, frozen):
         model = torch.nn.Module.to(ZImageTransformer2DModel.from_config(config_of(folder)), dtype)      # diffusers' own `to` warns in vain
     model.requires_grad_(not frozen)
     weights = {k: v.to(dtype) for k, v in read_weights(folder).items()} if ladd.rank() == 0 else {}
-    wrong = ladd.from_first(lambda: sorted(k for k, p in model.state_dict().items() if k not in weights or weights[k].shape != p.shape)
-                            + sorted(k for k in weights if k not in model.state_dict()))
+    want = model.state_dict()
+    wrong = ladd.from_first(lambda: sorted(k for k, p in want.items() if k not in weights or weights[k].shape != p.shape)
+                            + sorted(weights.keys() - want.keys()))
     if wrong:
         raise UserError(f"--model {folder}: {len(wrong)} weights do not fit its transformer/config.json, {wrong[0]} first")
     if sharded:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 import ladd
 from ladd import UserError
 from zimage import adapter, data
+from zimage.sampling import at_least, clock
 
 WAIT = 1800         # seconds that a rank waits for the first one's manifest, which loads the model before it
 
@@ -71,8 +72,7 @@ def parse_sizes(text):
 
 def check_options(args):
     for name, low in (("steps", 1), ("batch", 1), ("shard_size", 1)):
-        if getattr(args, name) < low:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least {low}")
+        at_least(f"--{name.replace('_', '-')}", getattr(args, name), low)
     if not 0 <= args.guidance < math.inf:               # nan fails this too
         raise UserError(f"--guidance {args.guidance}: give a number from 0 up; 1 is none")
     if not args.out and not args.plan:
@@ -256,21 +256,16 @@ def seconds_per_sample(teacher, shards, prompts, tokens, seed):
     n = min(teacher.batch, statistics.mode(len(s["indices"]) for s in shards))
     chosen, few, seconds = [prompts[middling]] * n, teacher.times[:4], {}
 
-    def clock(work):
-        if teacher.device.type == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        made = work()
-        if teacher.device.type == "cuda":
-            torch.cuda.synchronize()
-        return made, time.perf_counter() - began
     teacher.encode(chosen)                              # warm up: the first call of anything is slow
-    (captions, _), encoding = clock(lambda: teacher.encode(chosen))
+    began = clock(teacher.device)
+    captions, _ = teacher.encode(chosen)
+    encoding = clock(teacher.device) - began
     for height, width in dict.fromkeys((s["height"], s["width"]) for s in shards):
         noise = torch.stack([adapter.noise_for(seed, k, height // adapter.PIXELS, width // adapter.PIXELS) for k in range(n)])
         teacher.sample(captions, noise, few[:1])
-        sampling = clock(lambda: teacher.sample(captions, noise, few))[1] * len(teacher.times) / len(few)
-        seconds[height, width] = (encoding + sampling) / n
+        began = clock(teacher.device)
+        teacher.sample(captions, noise, few)
+        seconds[height, width] = (encoding + (clock(teacher.device) - began) * len(teacher.times) / len(few)) / n
     return seconds
 
 

@@ -98,15 +98,7 @@ def check_shape(run):
 
 def load_student(run, dtype):
     """The run's averaged student, in dtype, frozen. UserError where its files are damaged or lack a weight."""
-    from diffusers import ZImageTransformer2DModel
-    folder, way_out = run.folder / "student", f"write it again by --resume --name {run.folder.name}"
-    try:
-        model, info = ZImageTransformer2DModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    except Exception as error:          # OSError, ValueError, SafetensorError, ...: by what is damaged
-        raise UserError(f"{folder}: can't be loaded ({str(error).strip().splitlines()[0]}); {way_out}") from error
-    if wrong := sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]):     # diffusers would fill a lost weight with anything
-        raise UserError(f"{folder}: {len(wrong)} weights are missing or unknown, {wrong[0]} among them; {way_out}")
-    return model.eval().requires_grad_(False)
+    return adapter.load_transformer(run.folder / "student", dtype, f"write it again by --resume --name {run.folder.name}")
 
 
 def student_digest(run):
@@ -214,7 +206,7 @@ def images(run, jobs, prompts, resolution, batch, device, dtype, show=True):
         mine = [(way, keys) for way, keys in jobs if way.weights == weights]
         if not mine:
             continue
-        transformer = adapter.load_transformer(run.base, dtype) if weights == "base" else load_student(run, dtype)
+        transformer = adapter.load_transformer(run.base / "transformer", dtype) if weights == "base" else load_student(run, dtype)
         velocity, warm = adapter.ZImageVelocity(transformer.to(device)), torch.device(device).type != "cuda"
         for way, keys in mine:
             for group in tqdm(batches(keys, captions, batch), desc=way.name, unit="batch", disable=not show):

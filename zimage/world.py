@@ -61,7 +61,8 @@ class ZImageWorld(ladd.World):
         self.data = Latents(options.data, vector=recipe.text_vector)
         self.fingerprint_of_model = model_fingerprint(self.folder)
         self.data.check_model(self.fingerprint_of_model)
-        self.model_config, layers = fsdp.config_of(self.folder), fsdp.config_of(self.folder)["n_layers"]
+        self.model_config = fsdp.config_of(self.folder)
+        layers = self.model_config["n_layers"]
         unknown = [name for name in recipe.taps if not (name.isdecimal() and int(name) < layers)]
         if unknown or not recipe.taps:
             raise ladd.UserError(f"taps = {list(recipe.taps)}: {unknown[0] if unknown else 'none given'} is no layer of this "
