@@ -330,20 +330,20 @@ def checked(field, value):
 
     def one(v):
         if isinstance(v, bool) and kind is not bool or not isinstance(v, (int, float) if kind is float else kind):
-            raise UserError(f"{field.name} = {value!r}: give {'true or false' if kind is bool else kind.__name__ + ' values'}")
+            raise UserError(f"{field.name} = {value!r:.80}: give {'true or false' if kind is bool else kind.__name__ + ' values'}")
         try:
             v = kind(v)
         except OverflowError:
             v = math.inf                                # an integer too large for a float: out of any range
         if meta["choices"] and v not in meta["choices"]:
-            raise UserError(f"{field.name} = {v!r}: choose from {', '.join(meta['choices'])}")
+            raise UserError(f"{field.name} = {v!r:.80}: choose from {', '.join(meta['choices'])}")
         if meta["low"] is not None and not meta["low"] <= v <= meta["high"]:    # nan fails this too
-            raise UserError(f"{field.name} = {v!r}: give a value from {meta['low']} to {meta['high']}")
+            raise UserError(f"{field.name} = {v!r:.80}: give a value from {meta['low']} to {meta['high']}")
         return v
     if kind is hint:
         return one(value)
     if not isinstance(value, (tuple, list)):
-        raise UserError(f"{field.name} = {value!r}: give a list of {kind.__name__} values")
+        raise UserError(f"{field.name} = {value!r:.80}: give a list of {kind.__name__} values")
     return tuple(one(v) for v in value)
 
 
@@ -536,7 +536,8 @@ class Pass(types.SimpleNamespace):
     """One micro-batch on its way through the iteration; terms read from it.
 
     x0, cond, noise, paired [B] (is eps that noise?), head_cond [B, D], the draws t, eps, t_hat, eps_hat, t_real, eps_real; x_t,
-    x0_hat; real_t and fake_t (both noised again); real_maps, fake_maps (the teacher's features), real_logits.
+    x0_hat; real_t and fake_t (both noised again); real_maps, fake_maps (the teacher's features), real_logits; key: the seed, the
+    iteration and the place in the joint batch, by which a term keys draws of its own.
     """
 
 
@@ -654,7 +655,7 @@ def step(state, world, recipe, terms, i, device, micro_batch=None):
         joint["eps"] = torch.where(expand(joint["paired"], noise), noise, joint["eps"])
     metrics, share = {}, micro_batch / n
     for start in range(0, n, micro_batch):
-        p = Pass(**{k: v[start:start + micro_batch].to(device) for k, v in joint.items()})
+        p = Pass(key=(recipe.seed, i, first + start), **{k: v[start:start + micro_batch].to(device) for k, v in joint.items()})
         for name, value in gradients(p, state, world, recipe, terms, i, share).items():
             metrics[name] = metrics.get(name, 0.0) + share * float(value)
     metrics.update(update(state, recipe, i))
@@ -698,7 +699,8 @@ def gradients(p, state, world, recipe, terms, i, share):
     for name, a, b in zip(recipe.taps, real, fake):
         wins = (a > b).float() + (a == b).float() / 2   # of pairs, a tie counting half: a relativistic game has no zero
         metrics[f"accuracy/{name}"] = wins.mean()
-    metrics["diversity"] = diversity(p.fake_maps[-1]) / diversity(p.real_maps[-1]).clamp(min=1e-12)
+    if len(p.x0) > 1:                                   # a single sample has no neighbour to differ from
+        metrics["diversity"] = diversity(p.fake_maps[-1]) / diversity(p.real_maps[-1]).clamp(min=1e-12)
 
     # The student's gradient: the heads again, as they stood when the iteration began and frozen, on the attached features.
     if student_turn:
@@ -739,10 +741,12 @@ def student_sampler(recipe, steps):
 def sample_diversity(world, student, recipe, device, pairs=256):
     """Collapse, seen from the teacher: the mean feature distance within pairs of the student's samples, divided by that within
     pairs of real ones of the same conditions, all four noised to t = 1/2 with one noise. Near 1 = healthy; it falls as the fakes grow alike.
+    Each rank reads its part of the batch, or two samples where that is one; a batch of one has no pairs.
     """
-    n, distance = recipe.batch // ranks(), torch.zeros(2)
+    n, distance = max(2, recipe.batch // ranks()), torch.zeros(2)
+    first = min(rank() * n, recipe.batch - n)
     for k in range(math.ceil(2 * pairs / recipe.batch)):                # a sample's partner lies half a part of the batch away
-        x0, cond, _ = world.read(k * recipe.batch + rank() * n, n)
+        x0, cond, _ = world.read(k * recipe.batch + first, n)
         x0, cond, gen = x0.to(device), cond.to(device), generator(recipe.seed, k, rank(), "diversity")
         start, noise = (torch.randn(x0.shape, generator=gen).to(device) for _ in range(2))
         noise[n // 2:2 * (n // 2)], half = noise[:n // 2].clone(), torch.full((n,), 0.5, device=device)
@@ -804,15 +808,14 @@ def write_json(path, value):
 
 def save_weights(path, tensors, about):
     """`tensors` as safetensors at path and, beside it with the ending .json, `about` with schema and checksum."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part)
-    digest = hashlib.sha256(part.read_bytes()).hexdigest()
+    part, data = path.with_name(path.name + ".part"), save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+    part.write_bytes(data)
     path.with_suffix(".json").unlink(missing_ok=True)   # it is written last: weights without it are not there yet
     os.replace(part, path)
-    write_json(path.with_suffix(".json"), {"schema": SCHEMA, "sha256": digest, **about})
+    write_json(path.with_suffix(".json"), {"schema": SCHEMA, "sha256": hashlib.sha256(data).hexdigest(), **about})
 
 
 def load_weights(path, kind, *keys):
@@ -855,17 +858,22 @@ def save_checkpoint(run, step, state, keep=2):
         for old in checkpoints(run)[:-keep]:
             shutil.rmtree(old)
     from_first(clear)
-    dcp.save(state, checkpoint_id=part, no_dist=not dist.is_initialized())
+    try:
+        dcp.save(state, checkpoint_id=part, no_dist=not dist.is_initialized())
+    except dcp.CheckpointException as error:            # no Exception; it holds one per rank
+        raise UserError(f"{part}: can't be written ({next(iter(error.failures.values()))[0]})") from error
     from_first(complete)
 
 
 def checkpoints(run):
     """A run's checkpoints, the oldest first."""
-    return sorted((Path(run) / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
+    found = (Path(run) / "checkpoints").glob("step-*")
+    return sorted((path for path in found if path.name[5:].isdecimal()), key=lambda path: int(path.name[5:]))
 
 
 def newest_checkpoint(run):
-    """The newest complete checkpoint of a run, or None; a cut-off one is passed over with a line that says so."""
+    """The newest complete checkpoint of a run, or None; a cut-off one is passed over with a line that says so. Sizes are compared,
+    not checksums: a large model's would take minutes."""
     for path in reversed(checkpoints(run)):
         try:
             sizes = json.loads((path / "complete.json").read_text())
@@ -878,9 +886,12 @@ def newest_checkpoint(run):
 
 
 def load_checkpoint(path, state):
-    """Fill `state`, of the shape that was saved, from a checkpoint, and return it."""
+    """Fill `state`, of the shape that was saved, from a checkpoint, and return it. UserError where it is of another shape."""
     import torch.distributed.checkpoint as dcp
-    dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+    try:
+        dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+    except dcp.CheckpointException as error:
+        raise UserError(f"{path}: does not fit this run ({next(iter(error.failures.values()))[0]})") from error
     return state
 
 
@@ -917,21 +928,20 @@ def train(world, recipe, run, options, device):
     if newest:
         first = restore(state, newest)
         say(f"going on from {newest}")
-    if options.resume:
-        from_first(lambda: trim_metrics(run, first))
+    began = time.time() - (from_first(lambda: trim_metrics(run, first)) if options.resume else 0)
     if options.compile:
         world.compile(state.student)
 
     stop = []                                           # Ctrl-C and SIGTERM end the loop after the iteration in hand
     before = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    window, began = [], time.time()
+    window = []
     try:
         with tqdm(range(first, recipe.iterations), initial=first, total=recipe.iterations, desc="distil", disable=rank() > 0) as bar:
             for i in bar:
                 try:
                     window.append(step(state, world, recipe, terms, i, device, options.micro_batch))
                 except Diverged as error:
-                    raise Diverged(f"{error}; the last good checkpoint is {newest_checkpoint(run)}") from error
+                    raise Diverged(f"{error}; the last good checkpoint is {from_first(lambda: newest_checkpoint(run))}") from error
                 done = i + 1
                 if done % options.log_every == 0 or done == recipe.iterations:
                     mean = {k: torch.tensor(sum(m[k] for m in window if k in m) / sum(k in m for m in window), dtype=torch.float64)
@@ -956,32 +966,42 @@ def train(world, recipe, run, options, device):
 
 def watch(state, world, recipe, run, options, done, log, device):
     """A judged point of the curve and a grid, and the alarm for collapse, which is seen in samples and never in losses."""
-    picture, best = run / "samples" / f"{done:07d}.png", run / "best.safetensors"
+    picture, best, least = run / "samples" / f"{done:07d}.png", run / "best.safetensors", math.inf
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):     # none yet, or damaged
+        least = float(json.loads(best.with_suffix(".json").read_text())["score"])
     world.watch_raw(state.student, picture.with_stem(f"{done:07d}-raw"))
     with state.averaged() as student:
-        point = {**world.watch(student, picture), "sample_diversity": sample_diversity(world, student, recipe, device)}
+        point = world.watch(student, picture)
+        if recipe.batch > 1:
+            point["sample_diversity"] = sample_diversity(world, student, recipe, device)
         score = world.score(point)                      # on noise and references that no report uses
-        if score is not None and score < (json.loads(best.with_suffix(".json").read_text())["score"]
-                                          if best.with_suffix(".json").exists() else math.inf):
+        if score is not None and score < least:
             world.save_student(best, student, iteration=done, score=score)
     signs = world.signs(point)
-    if point["sample_diversity"] < options.least_diversity:
+    if point.get("sample_diversity", math.inf) < options.least_diversity:
         signs.append(f"sample_diversity {point['sample_diversity']:.2f} is under {options.least_diversity}")
     log(done, {**point, "collapsed": float(bool(signs))})
     if signs:
         if rank() == 0:
             tqdm.write(f"WARNING: iteration {done}: collapse? {'; '.join(signs)}; see {picture}")
-        if options.stop_on_collapse:
-            raise UserError(f"stopped on collapse at iteration {done}; the newest checkpoint is {newest_checkpoint(run)}")
+    if options.stop_on_collapse and any_rank(signs):
+        raise UserError(f"stopped on collapse at iteration {done}; the newest checkpoint is {from_first(lambda: newest_checkpoint(run))}")
 
 
 def trim_metrics(run, iteration):
-    """Drop the log's lines from after the checkpoint: the resumed run writes them again."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    """Drop the log's lines from after the checkpoint, which the resumed run writes again, and what is no line of it. Returns the
+    seconds that the run had taken by the last line that stays."""
+    path, kept, seconds = run / "metrics.jsonl", [], 0.0
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            line = json.loads(text)
+            if line["iteration"] <= iteration:
+                kept.append(text + "\n")
+                seconds = float(line.get("seconds", seconds))
     part = path.with_name("metrics.jsonl.part")
-    part.write_text("".join(l for l in lines if l.endswith("}\n") and json.loads(l)["iteration"] <= iteration))
+    part.write_text("".join(kept))
     os.replace(part, path)
+    return seconds
 
 
 def open_log(which, run):
@@ -1067,6 +1087,17 @@ def parse_value(field, text):
     return one(text) if kind is field.type else tuple(one(w.strip()) for w in text.split(",") if w.strip())
 
 
+def read_config(path, *parts):
+    """A run's config.json; UserError where it can't be read or does not hold parts, dicts by these names."""
+    try:
+        config = json.loads(Path(path).read_text())
+        if not all(isinstance(config[part], dict) for part in parts):
+            raise TypeError
+        return config
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: not a run's config.json ({type(error).__name__})") from error
+
+
 def resolve_recipe(world_module, options):
     """The recipe by name or file, with the command line's fields over it."""
     name = options.recipe or next(k for k, v in world_module.RECIPES.items() if v is world_module.REFERENCE)
@@ -1074,11 +1105,10 @@ def resolve_recipe(world_module, options):
         recipe = world_module.RECIPES[name]
     else:
         try:
-            stored = json.loads(Path(name).read_text())["recipe"]
-            recipe = override(world_module.REFERENCE, stored)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"--recipe {name}: neither a recipe ({', '.join(world_module.RECIPES)}) nor a run's config.json "
-                            f"({type(error).__name__})") from error
+            stored = read_config(name, "recipe")["recipe"]
+        except UserError as error:
+            raise UserError(f"--recipe {error}, and none of {', '.join(world_module.RECIPES)}") from error
+        recipe = override(world_module.REFERENCE, stored)
     fields = {f.name: f for f in dataclasses.fields(recipe)}
     given = {k[7:]: v for k, v in vars(options).items() if k.startswith("recipe_") and v is not None}
     return override(recipe, {k: parse_value(fields[k], v) for k, v in given.items()})
@@ -1101,6 +1131,8 @@ def refuse_known_ruin(recipe, micro_batch, i_know):
 def refuse_noise(x0, i_know):
     """Real samples [B, ...] whose mean is near 0, spread near 1 and neighbours uncorrelated are noise: a lost path once did that."""
     x = x0.float().flatten(1)
+    if not x.isfinite().all():
+        raise UserError("the real samples hold values that are not finite: check where they come from")
     neighbours = float((x[:, 1:] * x[:, :-1]).mean() / x.square().mean().clamp(min=1e-12))
     if abs(float(x.mean())) < 0.05 and abs(float(x.std()) - 1) < 0.05 and abs(neighbours) < 0.05 and not i_know:
         raise UserError("the real samples look like pure noise (mean 0, std 1, neighbours unrelated): check where they come from, or --i-know")
@@ -1139,7 +1171,8 @@ def run_folder(options):
         taken = [int(p.name) for p in out.iterdir() if p.name.isdecimal()]
         return out / f"{max(taken, default=0) + 1:03d}"
     run = out / options.name
-    if run.parent != out or options.name in ("", ".", "..", "cache") or options.name.endswith(".part") or len(options.name) > 100:
+    if (run.parent != out or options.name in ("", ".", "..", "cache") or options.name.endswith(".part") or len(options.name) > 100
+            or not options.name.isprintable()):
         raise UserError(f"--name {options.name[:100]!r}: give a plain folder name of at most 100 characters")
     if (options.resume or options.sample) and not (run / "config.json").exists():
         raise UserError(f"--name {options.name}: there is no such run in {out}")
@@ -1148,14 +1181,27 @@ def run_folder(options):
     return run
 
 
+def claim(run, numbered):
+    """Make the folder that will become `run` when it is whole, run.part, and return run: with the next free number where another run
+    has taken its own meanwhile."""
+    part = run.with_name(run.name + ".part")
+    if not numbered:
+        shutil.rmtree(part, ignore_errors=True)         # of a start that was killed
+        part.mkdir()
+        return run
+    with contextlib.suppress(FileExistsError):
+        part.mkdir()                                    # of several that start at once one alone succeeds
+        if not run.exists():
+            return run
+        part.rmdir()
+    return claim(run.with_name(f"{int(run.name) + 1:03d}"), numbered)
+
+
 def versions():
-    def commit():
-        try:
-            return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True,
-                                  timeout=10).stdout.strip() or None
-        except (OSError, subprocess.SubprocessError):
-            return None
-    return {"python": platform.python_version(), "torch": torch.__version__, "commit": commit()}
+    commit = None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10).stdout.strip()
+    return {"python": platform.python_version(), "torch": torch.__version__, "commit": commit or None}
 
 
 def run_command(argv):
@@ -1184,8 +1230,8 @@ def run_command(argv):
     if options.resume or options.sample:
         options.recipe = options.recipe or str(run / "config.json")
     recipe = resolve_recipe(module, options)
-    for name, low in (("evaluate_every", 0), ("checkpoint_every", 1), ("keep", 1), ("log_every", 1)):
-        if getattr(options, name) < low:
+    for name, low in (("evaluate_every", 0), ("checkpoint_every", 1), ("keep", 1), ("log_every", 1), ("least_diversity", 0)):
+        if not getattr(options, name) >= low:           # nan is not
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least {low}")
     if options.micro_batch is None:
         options.micro_batch = recipe.batch // ranks()
@@ -1204,28 +1250,26 @@ def run_command(argv):
         return world.draw_sample(run, options.steps)
 
     if options.resume:
-        stored = json.loads((run / "config.json").read_text())
+        stored = read_config(run / "config.json", "recipe", "data")
+        if checkpoints(run) and int(checkpoints(run)[-1].name[5:]) > recipe.iterations:
+            raise UserError(f"iterations = {recipe.iterations}: run {run.name} has come to {checkpoints(run)[-1].name}; give at least that many")
         other = unlike({**stored["recipe"], **stored["data"], "iterations": 0}, {**dataclasses.asdict(recipe), **world.fingerprint(), "iterations": 0})
         if other and not options.i_know:
             raise UserError(f"--resume: run {run.name} was made otherwise: {'; '.join(other)}; start a new run, or --i-know")
     changed = drift(recipe, module.REFERENCE)
-    say(f"run {run} on {device}{f', {ranks()} ranks' if ranks() > 1 else ''}; departs from the reference recipe in "
-          + (", ".join(f"{k} = {b} (not {a})" for k, (a, b) in changed.items()) or "nothing"))
+    say("departs from the reference recipe in " + (", ".join(f"{k} = {b} (not {a})" for k, (a, b) in changed.items()) or "nothing"))
     world.prepare()
     refuse_noise(world.read(0, min(64, recipe.batch))[0], options.i_know)
     if options.resume:                                  # a resumed run may be longer
         from_first(lambda: write_json(run / "config.json", {**stored, "recipe": dataclasses.asdict(recipe), "drift": changed}))
     else:                                               # made beside and renamed: a run's folder is whole or not there
+        run = from_first(lambda: claim(run, options.name is None))
         part = run.with_name(run.name + ".part")
-
-        def make_folder():
-            shutil.rmtree(part, ignore_errors=True)
-            (part / "samples").mkdir(parents=True)
-            write_json(part / "config.json", {"world": module.NAME, "recipe": dataclasses.asdict(recipe), "drift": changed,
-                                              "data": world.fingerprint(), **world.config, **versions()})
-        from_first(make_folder)
+        from_first(lambda: write_json(part / "config.json", {"world": module.NAME, "recipe": dataclasses.asdict(recipe), "drift": changed,
+                                                             "data": world.fingerprint(), **world.config, **versions()}))
         world.draw_start(part / "start.png")
         from_first(lambda: os.replace(part, run))
+    say(f"run {run} on {device}{f', {ranks()} ranks' if ranks() > 1 else ''}")
     state = train(world, recipe, run, options, device)
     with state.averaged() as student:
         world.finish(run, student, changed)
@@ -1236,8 +1280,13 @@ def main(argv=None):
     """The command line; returns the exit code. Bad input is one line on stderr and 2."""
     try:
         return run_command(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        print(f"ladd{f' (rank {rank()})' if ranks() > 1 else ''}: {error}", file=sys.stderr)
+    except (UserError, OSError, RuntimeError) as error:
+        line = str(error).replace("\n", " ")
+        if isinstance(error, RuntimeError):
+            if "allocate" not in line:                  # torch has no other word for too little memory on a CPU
+                raise
+            line = f"out of memory ({line[:100]} ...): give a smaller --micro-batch, or --samples in the toy"
+        print(f"ladd{f' (rank {rank()})' if ranks() > 1 else ''}: {line}", file=sys.stderr)
         return 2
     finally:
         if dist.is_available() and dist.is_initialized():

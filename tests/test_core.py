@@ -1,11 +1,17 @@
 """The method itself, on the made-up world of tiny.py: every formula against a closed form or a number worked out by hand."""
 
 import copy
+import concurrent.futures
 import dataclasses
+import datetime
+import errno
+import functools
 import itertools
 import json
 import math
 import os
+import random
+import shutil
 import signal
 import statistics
 import types
@@ -13,6 +19,7 @@ import typing
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import ladd
@@ -553,9 +560,9 @@ def kind_of(field):
     return typing.get_args(field.type)[0] if typing.get_origin(field.type) is tuple else field.type
 
 
-def bad_values():
-    """(field's name, value) for every field of the recipe: each must be refused."""
-    for field in dataclasses.fields(Recipe):
+def bad_values(recipe=Recipe):
+    """(field's name, value) for every field of a recipe: each must be refused."""
+    for field in dataclasses.fields(recipe):
         kind, meta = kind_of(field), field.metadata
         bad = [None, object(), {"a": 1}, 1j, b"1"]
         bad += {int: ["1", 1.0, 1.5, True, math.nan, math.inf], float: ["1", True, math.nan, math.inf, -math.inf], bool: [0, 1, "true", math.nan],
@@ -567,8 +574,8 @@ def bad_values():
             bad += ["", "no such", meta["choices"][0].upper()]
         if kind is not field.type:
             count = max(1, len(field.default))
-            bad = [[v] * count for v in bad] + [3, "first", 0.5]
-            bad += [[]] if field.name != "taps" else []
+            bad = [[v] * count for v in bad] + [[*field.default[1:], v] for v in bad] + [3, "first", 0.5, None, math.nan]      # all, and the last alone
+            bad += [[], list(field.default) * 3] if field.name != "taps" else [[[]]]
         for value in bad:
             yield field.name, value
 
@@ -1227,18 +1234,51 @@ def cut(path):
     largest.write_bytes(largest.read_bytes()[:-10])
 
 
-@pytest.mark.parametrize("harm", [
-    cut, lambda p: (p / "complete.json").unlink(), lambda p: (p / "complete.json").write_text('{"a'), lambda p: (p / ".metadata").unlink(),
-], ids=["cut", "unfinished", "cut list", "file gone"])
-def test_a_cut_off_checkpoint_is_passed_over_aloud(tmp_path, capsys, harm):
+def listed(text):
+    return lambda path: (path / "complete.json").write_text(text)
+
+
+HARM = {"cut": cut, "metadata gone": lambda p: (p / ".metadata").unlink(),
+        "data gone": lambda p: next(p.glob("*.distcp")).unlink(), "another's data": lambda p: next(p.glob("*.distcp")).write_bytes(b"stranger"),
+        "unfinished": lambda p: (p / "complete.json").unlink(), "cut list": listed('{"a'), "empty list": listed(""), "no file listed": listed("{}"),
+        "no list": listed("[1, 2]"), "null": listed("null"), "numbers": listed('{".metadata": 3}'), "no text": lambda p: (p / "complete.json").write_bytes(b"\xff"),
+        "a byte of the list": lambda p: flip(p / "complete.json", 20), "a file in its place": lambda p: shutil.rmtree(p) or p.write_text("")}
+
+
+@pytest.mark.parametrize("harm", HARM.values(), ids=HARM)
+def test_an_incomplete_checkpoint_is_passed_over_aloud(tmp_path, capsys, harm):
     for n in (1, 2):
         ladd.save_checkpoint(tmp_path, n, nested(n))
+    (tmp_path / "checkpoints" / "step-notes").mkdir()       # a stranger among them
     assert ladd.newest_checkpoint(tmp_path).name == "step-0000002" and capsys.readouterr().err == ""
     harm(tmp_path / "checkpoints" / "step-0000002")
     assert ladd.newest_checkpoint(tmp_path).name == "step-0000001"
     assert "step-0000002: cut off" in capsys.readouterr().err
     harm(tmp_path / "checkpoints" / "step-0000001")
     assert ladd.newest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("saved", [tiny.recipe(head_width=16), tiny.recipe(heads_see_t=True), None], ids=["width", "input", "another schema"])
+def test_a_checkpoint_of_another_shape_is_refused_in_one_line(world, tmp_path, saved):
+    ladd.save_checkpoint(tmp_path, 3, ladd.snapshot(tiny.state(world, saved), 3) if saved else nested(3))
+    with pytest.raises(UserError, match="step-0000003: does not fit this run") as error:
+        ladd.restore(tiny.state(world, tiny.recipe()), ladd.newest_checkpoint(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_full_disk_ends_a_save_in_one_line_and_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    import torch.distributed.checkpoint as dcp
+    ladd.save_checkpoint(tmp_path, 1, nested(1))
+
+    def full(self, *args, **more):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", full)
+    with pytest.raises(UserError, match="part-0000002: can't be written .*No space left"):
+        ladd.save_checkpoint(tmp_path, 2, nested(2))
+    monkeypatch.undo()
+    assert ladd.newest_checkpoint(tmp_path).name == "step-0000001"
+    ladd.save_checkpoint(tmp_path, 2, nested(2))            # once there is space again
+    assert ladd.newest_checkpoint(tmp_path).name == "step-0000002"
 
 
 def test_a_checkpoint_in_the_making_is_no_checkpoint(tmp_path):
@@ -1319,7 +1359,7 @@ def ends_at(world, iteration, how):
     read = world.read
 
     def deadly(start, count):
-        if start == iteration * R["batch"] and count == R["batch"]:
+        if start // R["batch"] == iteration and count == R["batch"] // ladd.ranks():
             how()
         return read(start, count)
     world.read = deadly
@@ -1429,6 +1469,50 @@ def test_collapse_is_called_out_and_ends_the_run_when_asked(tmp_path, capsys):
         train(tmp_path / "c", evaluate_every=3, least_diversity=1e9, stop_on_collapse=True)
 
 
+class Gate(nn.Module):
+    """A student that starts as the perfect velocity (`Known`) and can learn one thing: to move all of its guesses to one picture."""
+
+    def __init__(self, world):
+        super().__init__()
+        self.gate, self.known = nn.Parameter(torch.zeros(1)), [Known(world)]
+
+    def forward(self, x, t, cond):
+        own = ladd.velocity_to_x0(x, self.known[0](x, t, cond), t)
+        return ladd.x0_to_velocity(x, torch.lerp(own, self.known[0].world.x0[:1], self.gate), t)
+
+
+def gated(collapses):
+    """A world with that student, in whose game, if asked, nothing counts but that the guesses are alike."""
+    def all_alike(p, state):
+        return p.x0_hat.var(0).mean()
+    world = tiny.World()
+    world.x0 = 10 * world.x0                                # the samples, not their conditions, make the features differ
+    world.make_student = lambda: Gate(world)
+    world.extra = ladd.Terms(add_student=(all_alike,) if collapses else ())
+    return world
+
+
+@pytest.mark.parametrize("batch", [16, 3])
+def test_a_student_that_really_collapses_sets_off_the_alarm(tmp_path, capsys, batch):
+    r = tiny.recipe(iterations=10, batch=batch, student_lr=0.15, head_lr=0.2, adv_weight=0.0, ema_half_life=0.0)
+    options = dict(evaluate_every=3, checkpoint_every=3, least_diversity=0.8)
+    judged = lambda name: {l["iteration"]: l["sample_diversity"] for l in lines(tmp_path / name) if "sample_diversity" in l}
+    train(tmp_path / "sound", gated(False), r, **options, stop_on_collapse=True)
+    assert "collapse?" not in "".join(capsys.readouterr()) and judged("sound") == pytest.approx(dict.fromkeys((3, 6, 9), 1), abs=1e-3)
+    train(tmp_path / "warned", gated(True), r, **options)
+    seen, said = judged("warned"), "".join(capsys.readouterr())
+    assert seen[3] > 0.8 > seen[6] > seen[9] < 0.5 and "iteration 3: c" not in said and "iteration 6: collapse? sample_diversity 0." in said
+    with pytest.raises(UserError, match="stopped on collapse at iteration 6; the newest checkpoint is .*step-0000003"):
+        train(tmp_path / "stopped", gated(True), r, **options, stop_on_collapse=True)
+    assert [l["collapsed"] for l in lines(tmp_path / "stopped") if "collapsed" in l] == [0, 1]
+
+
+def test_a_batch_of_one_has_no_diversity_and_no_false_alarm(tmp_path):
+    train(tmp_path, gated(False), tiny.recipe(iterations=4, batch=1), evaluate_every=2, least_diversity=0.8, stop_on_collapse=True)
+    assert [l["collapsed"] for l in lines(tmp_path) if "spread" in l] == [0]
+    assert not any("diversity" in k for l in lines(tmp_path) for k in l)
+
+
 def test_a_run_that_diverges_names_its_last_checkpoint(tmp_path):
     world = tiny.World()
     world.extra = poison("heads", {4, 5, 6})
@@ -1457,12 +1541,197 @@ def test_the_log_averages_each_window(tmp_path):
 
 def test_trim_metrics_drops_later_and_half_written_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"iteration": 1}\n{"iteration": 2, "a": 0.5}\n{"iteration": 3}\n{"iterat')
-    ladd.trim_metrics(tmp_path, 2)
-    assert path.read_text() == '{"iteration": 1}\n{"iteration": 2, "a": 0.5}\n'
+    path.write_text('{"iteration": 1, "seconds": 4.5}\n{"iteration": 2, "a": 0.5}\n{"iteration": 3, "seconds": 9}\n{"iterat')
+    assert ladd.trim_metrics(tmp_path, 2) == 4.5
+    assert path.read_text() == '{"iteration": 1, "seconds": 4.5}\n{"iteration": 2, "a": 0.5}\n'
     path.unlink()
-    ladd.trim_metrics(tmp_path, 2)
+    assert ladd.trim_metrics(tmp_path, 2) == 0
     assert path.read_text() == ""
+
+
+def test_trim_metrics_drops_what_is_no_line_of_the_log(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"iteration": 1}\n\x00\x00\xff\n3\n[]\n{"a": 1}\n{"iteration": "x"}\n\n{"iteration": 1.5, "b": NaN}\n')
+    ladd.trim_metrics(tmp_path, 2)
+    assert path.read_text() == '{"iteration": 1}\n{"iteration": 1.5, "b": NaN}\n'
+
+
+def test_the_clock_goes_on_over_a_resume(tmp_path):
+    with pytest.raises(Killed):
+        train(tmp_path, ends_at(tiny.World(), 5, crash))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({**json.loads(l), "seconds": 1000.0 + k}) + "\n" for k, l in enumerate(path.read_text().splitlines())))
+    train(tmp_path, resume=True)
+    seconds = [json.loads(l)["seconds"] for l in path.read_text().splitlines()]
+    assert seconds[:4] == [1000, 1001, 1002, 1003] and sorted(seconds) == seconds and 1003 < seconds[4] < 1100
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --compile: with a backend that traces forward and backward but writes no code, which would take longer than all other tests
+# ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def traced(monkeypatch):
+    """The graphs that torch.compile has made so far."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    yield graphs
+    torch._dynamo.reset()
+
+
+def test_a_compiled_run_is_the_same_run_and_resumes(tmp_path, traced):
+    plain = train(tmp_path / "plain", evaluate_every=3)
+    assert not traced
+    world = tiny.World()
+    whole = train(tmp_path / "whole", world, evaluate_every=3, compile=True)
+    assert traced and whole.student._compiled_call_impl and not world.teacher._compiled_call_impl
+    for a, b in zip(lines(tmp_path / "whole"), lines(tmp_path / "plain"), strict=True):     # losses, and the judged average
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+    torch.testing.assert_close(tiny.weights(whole.student), tiny.weights(plain.student), rtol=0, atol=1e-4)
+    assert tiny.everything(whole).keys() == tiny.everything(plain).keys()
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", ends_at(tiny.World(), 5, crash), evaluate_every=3, compile=True)
+    again = train(tmp_path / "killed", evaluate_every=3, compile=True, resume=True)
+    assert tiny.same(tiny.everything(whole), tiny.everything(again)) and lines(tmp_path / "killed") == lines(tmp_path / "whole")
+    other = tiny.state(tiny.World(5), tiny.recipe(**R))     # and what it has saved is no compiled module's: any run can load it
+    assert ladd.restore(other, ladd.newest_checkpoint(tmp_path / "killed")) == 7 and tiny.same(tiny.everything(whole), tiny.everything(other))
+    assert not any("_orig_mod" in k for k in [*ladd.snapshot(again, 7)["student"], *again.student.state_dict()])
+
+
+@pytest.mark.parametrize("early_exit", [True, False])
+def test_taps_see_features_of_compiled_blocks(world, traced, early_exit):
+    inputs, names, world.early_exit = (torch.tensor([0.2, 0.5, 0.9]), world.cond[:3]), ("first", "second"), early_exit
+    want = ladd.features(world, world.x0[:3], *inputs, names)
+    for block in (world.teacher.first, world.teacher.second, world.teacher.third):
+        block.compile(fullgraph=not early_exit)             # an early end, by an exception, breaks the graph
+    with torch.no_grad():
+        world.teacher(world.x0[:3], *inputs)                # compiled before any hook is there
+    for _ in range(2):
+        x = world.x0[:3].clone().requires_grad_()
+        maps = ladd.features(world, x, *inputs, names)
+        for a, b in zip(maps, want):
+            torch.testing.assert_close(a, b)
+        assert float(torch.autograd.grad(maps[1].square().sum(), x)[0].abs().max()) > 0
+    assert traced and hooks(world.teacher) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two ranks, each with its half of every joint batch
+# ---------------------------------------------------------------------------------------------------------------------
+
+def as_rank(rank, ranks, folder, work):
+    """One process of `ranks`; a rank that waits in vain fails after a while."""
+    torch.set_num_threads(1)
+    torch.cpu.get_capabilities = dict                       # no bfloat16, which rounds by the size of a batch
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks, timeout=datetime.timedelta(seconds=120))
+    try:
+        torch.save(work(rank, folder), folder / f"rank-{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def ended(run, world, r=None, **changes):
+    """Train; how it ended, in words."""
+    try:
+        train(run, world, r, **changes)
+    except UserError as error:
+        return str(error)
+    return "well"
+
+
+def at_rank_1(terms):
+    return terms if ladd.rank() == 1 else ladd.Terms()
+
+
+def two_ranks_work(rank, folder):
+    """All that two ranks are asked, in one start of them: what they are given, a whole run, and four runs that must end on both."""
+    found, r = {}, tiny.recipe(student_lr=0.01, head_lr=0.02, batch=8)
+    given, world = [], tiny.World()
+    s = tiny.state(world, r)
+    terms = ladd.Terms(add_heads=(lambda p, state: given.append((p.key, p.cond, p.eps, p.eps_hat, p.t_hat)) or 0.0 * p.x0.sum(),))
+    found["metrics"] = tiny.run_steps(s, world, r, range(3), terms, micro_batch=2)
+    found |= {"given": given, "weights": tiny.weights(s.student), "heads": tiny.weights(s.heads)}
+
+    world = tiny.World()
+    world.extra = at_rank_1(poison("heads", {2}))
+    s = tiny.state(world, r)
+    found["skipped"] = [m["skipped"] for m in tiny.run_steps(s, world, r, range(5))]
+    found["finite"] = all(v.isfinite().all() for v in tiny.everything(s).values())
+
+    train(folder / "whole")
+    world = tiny.World()
+    world.extra = at_rank_1(poison("heads", {4, 5, 6}))
+    found["diverged"] = ended(folder / "diverged", world)
+    world = tiny.World()
+    world.signs = lambda point: ["all alike"] * rank
+    found["collapsed"] = ended(folder / "collapsed", world, evaluate_every=3, stop_on_collapse=True)
+    stop = (lambda: os.kill(os.getpid(), signal.SIGTERM)) if rank == 1 else (lambda: None)
+    found["stopped"] = ended(folder / "stopped", ends_at(tiny.World(), 3, stop), checkpoint_every=100)
+
+    world = tiny.World()                                    # a batch of one a rank
+    world.x0 = 3 * world.x0
+    found["diversity"] = [ladd.sample_diversity(world, Known(world, f), tiny.recipe(batch=2), CPU, pairs=16) for f in (lambda x: x, lambda x: 0 * x)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(as_rank, (2, folder, two_ranks_work), 2)
+    return folder, [torch.load(folder / f"rank-{k}.pt", weights_only=False) for k in (0, 1)]
+
+
+def test_two_ranks_are_given_the_halves_of_each_joint_batch(two_ranks):
+    r, world = tiny.recipe(batch=8), tiny.World()
+    for i in range(3):
+        joint, cond = ladd.draw(r, i, tiny.SHAPE), world.read(8 * i, 8)[1]
+        parts = [part for found in two_ranks[1] for part in found["given"][2 * i:2 * i + 2]]
+        assert [part[0] for part in parts] == [(0, i, place) for place in (0, 2, 4, 6)]
+        for k, want in enumerate((cond, joint["eps"], joint["eps_hat"], joint["t_hat"]), 1):
+            assert torch.equal(torch.cat([part[k] for part in parts]), want)
+        assert not torch.equal(parts[0][2], parts[2][2])    # no noise twice
+
+
+def test_two_ranks_make_the_steps_of_one(two_ranks, plain):
+    r, world = tiny.recipe(student_lr=0.01, head_lr=0.02, batch=8), tiny.World()
+    s = tiny.state(world, r)
+    alone = tiny.run_steps(s, world, r, range(3))
+    a, b = two_ranks[1]
+    assert torch.equal(a["weights"], b["weights"]) and torch.equal(a["heads"], b["heads"])
+    assert a["metrics"][2]["heads_loss"] != b["metrics"][2]["heads_loss"]
+    for i, one in enumerate(alone):
+        for k in ("heads_loss", "student_loss") if i else ("heads_loss",):
+            assert (a["metrics"][i][k] + b["metrics"][i][k]) / 2 == pytest.approx(one[k], abs=1e-4)
+        assert a["metrics"][i]["heads_grad_norm"] == b["metrics"][i]["heads_grad_norm"] == pytest.approx(one["heads_grad_norm"], rel=1e-3)
+
+
+def test_trouble_on_one_rank_is_trouble_on_both(two_ranks):
+    folder, found = two_ranks
+    for f in found:
+        assert f["skipped"] == [0, 0, 1, 0, 0] and f["finite"]
+        assert "iteration 6: the third non-finite" in f["diverged"] and f["diverged"].endswith("step-0000006")
+        assert "stopped on collapse at iteration 3" in f["collapsed"] and f["collapsed"].endswith("step-0000002")
+        assert "stopped after iteration 4, saved" in f["stopped"]
+    assert ladd.newest_checkpoint(folder / "stopped").name == "step-0000004"
+
+
+def test_what_two_ranks_have_saved_is_whole_and_one_can_load_it(two_ranks):
+    path = ladd.newest_checkpoint(two_ranks[0] / "whole")
+    listed = json.loads((path / "complete.json").read_text())
+    assert path.name == "step-0000007" and listed.keys() == {f.name for f in path.iterdir()} - {"complete.json"} and len(listed) > 1
+    s = tiny.state(tiny.World(5), tiny.recipe(**R))
+    assert ladd.restore(s, path) == 7 and s.student_opt.state and not torch.equal(tiny.weights(s.student), tiny.weights(tiny.World().teacher))
+
+
+def test_diversity_with_one_sample_a_rank(two_ranks):
+    for f in two_ranks[1]:
+        healthy, dead = f["diversity"]
+        assert healthy == pytest.approx(1, abs=1e-4) and 0 < dead < 0.8
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1521,14 +1790,68 @@ def test_bad_values_from_the_command_line_name_the_option(name, text):
         resolve("--" + name.replace("_", "-"), text)
 
 
-@pytest.mark.parametrize("text", [None, "", "{", "[]", "3", "{}", '{"recipe": 3}', '{"recipe": [1]}', '{"recipe": {"sede": 1}}', '{"recipe": {"seed": "1"}}',
-                                  '{"recipe": {"student_lr": NaN}}', '{"recipe": null}'], ids=str)
-def test_bad_recipe_files_are_refused(tmp_path, text):
+def json_values():
+    """What of `bad_values` a JSON file can hold."""
+    for name, value in bad_values():
+        try:
+            yield name, json.dumps(value)
+        except (TypeError, ValueError):
+            pass
+
+
+@pytest.mark.parametrize("name, text", json_values(), ids=lambda v: v[:40])
+def test_a_recipe_file_with_a_bad_value_is_refused_by_its_field(tmp_path, name, text):
     path = tmp_path / "config.json"
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(UserError):
+    path.write_text(json.dumps({"recipe": {**dataclasses.asdict(tiny.recipe()), name: "HERE"}}).replace('"HERE"', text))
+    with pytest.raises(UserError, match=name):
+        ladd.resolve_recipe(fake_module(), types.SimpleNamespace(recipe=str(path)))
+
+
+GOOD_CONFIG = json.dumps({"world": "tiny", "recipe": dataclasses.asdict(tiny.recipe())})
+BAD_CONFIGS = {"empty": b"", "cut": b"{", "list": b"[]", "number": b"3", "null": b"null", "no recipe": b"{}", "recipe a number": b'{"recipe": 3}',
+               "recipe a list": b'{"recipe": [1]}', "recipe a text": b'{"recipe": "toy"}', "recipe null": b'{"recipe": null}',
+               "recipe a list of pairs": b'{"recipe": [["seed", 1]]}', "unknown field": b'{"recipe": {"sede": 1}}', "empty name": b'{"recipe": {"": 1}}',
+               "not a JSON number": b'{"recipe": {"seed": 0x1}}', "long number": b'{"recipe": {"seed": ' + b"9" * 5000 + b"}}", "zeros": b"\0" * 100,
+               "not UTF-8": b"\xff\xfe{}", "weights": b"\x08\0\0\0\0\0\0\0{}      ", "deep": b"[" * 100_000, "deep recipe": b'{"recipe":' * 50_000,
+               "two": b"{}{}", **{f"cut at {k}": GOOD_CONFIG[:k].encode() for k in range(1, len(GOOD_CONFIG), 37)}}
+
+
+@pytest.mark.parametrize("data", BAD_CONFIGS.values(), ids=BAD_CONFIGS)
+def test_a_file_that_is_no_recipe_is_refused_by_its_name(tmp_path, data):
+    path = tmp_path / "config.json"
+    path.write_bytes(data)
+    with pytest.raises(UserError) as error:
         resolve("--recipe", str(path))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 2000
+
+
+def mangled(data, count, seed=0):
+    """`count` damaged copies of some bytes: bits flipped, a piece cut out, doubled or overwritten, by a seed."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        a, b = sorted(rng.choices(range(len(data)), k=2))
+        b = min(b, a + rng.choice((1, 2, 8, 10 ** 9)))
+        flipped, noise = bytes(c ^ 1 << rng.randrange(8) for c in data[a:b]), rng.randbytes(b - a)
+        yield data[:a] + rng.choice((flipped, noise, b"", data[a:b] * 2, b"9" * (b - a), b"[" * (b - a))) + data[b:]
+
+
+def test_a_mangled_recipe_file_is_a_recipe_or_one_line(tmp_path):
+    path, refused = tmp_path / "config.json", 0
+    for data in mangled(GOOD_CONFIG.encode(), 500):
+        path.write_bytes(data)
+        try:
+            assert isinstance(ladd.resolve_recipe(fake_module(), types.SimpleNamespace(recipe=str(path))), Recipe)
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert 250 < refused < 500                              # a digit may become another
+
+
+@pytest.mark.parametrize("name", ["absent.json", ".", "", "x" * 300, "a/b/c"])
+def test_a_recipe_that_is_no_file_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--recipe .*not a run's config.json .*none of other, tiny"):
+        resolve("--recipe", name or str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["nonsense", "", "cuda:99", "cpu:x", "hpu", "privateuseone", "meta"])
@@ -1557,7 +1880,29 @@ def test_runs_are_numbered(tmp_path):
     assert folder(out, name="a run") == out / "a run" and not (out / "a run").exists()
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../x", "/tmp/x", "cache", "x" * 300])
+def test_a_number_is_given_once_however_many_ask_at_once(tmp_path):
+    for _ in range(5):
+        run = folder(tmp_path)                              # all of them have been told the same number
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            claimed = list(pool.map(lambda _: ladd.claim(run, True), range(8)))
+        assert len(set(claimed)) == 8 and min(claimed) == run
+        for path in claimed:
+            path.with_name(path.name + ".part").rename(path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{k:03d}" for k in range(1, 41)]
+
+
+def test_a_number_that_was_taken_meanwhile_is_passed_over(tmp_path):
+    run = folder(tmp_path)
+    run.mkdir(), (tmp_path / "002.part").mkdir()
+    assert ladd.claim(run, True) == tmp_path / "003" and not (tmp_path / "001.part").exists()
+
+
+def test_what_a_killed_start_has_left_is_replaced(tmp_path):
+    (tmp_path / "mine.part" / "samples").mkdir(parents=True)
+    assert ladd.claim(tmp_path / "mine", False) == tmp_path / "mine" and not list((tmp_path / "mine.part").iterdir())
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../x", "/tmp/x", "cache", "x" * 300, "x.part", "two\nlines", "bell\a", "a\0b"])
 def test_bad_names_are_refused(tmp_path, name):
     with pytest.raises(UserError, match="--name"):
         folder(tmp_path, name=name)
@@ -1583,7 +1928,7 @@ def test_resume_and_sample_need_a_run_that_is_there(tmp_path, how):
 
 def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+    for out in (tmp_path / "file", tmp_path / "file" / "below", "/dev/null/runs", "/proc/nowhere/runs", tmp_path / ("x" * 300), tmp_path / ("x/" * 3000)):
         with pytest.raises(UserError, match="--out.*can't be written"):
             folder(out)
 
@@ -1613,3 +1958,34 @@ def test_real_samples_that_are_noise_are_refused(world):
     smooth = torch.randn(64, 4, 1, 1, generator=ladd.generator("smooth")).expand(64, *tiny.SHAPE)
     for x in (0.5 * noise, noise + 0.3, smooth, world.x0):
         ladd.refuse_noise(x, False)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_real_samples_that_are_not_finite_are_refused(world, value):
+    world.x0[3, 1, 2, 2] = value
+    with pytest.raises(UserError, match="not finite"):
+        ladd.refuse_noise(world.x0, True)
+
+
+@pytest.mark.parametrize("error, words", [
+    (OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.jsonl"), ["No space left on device", "runs/a/metrics.jsonl"]),
+    (PermissionError(errno.EACCES, "Permission denied", "runs/a"), ["Permission denied", "runs/a"]),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ..."), ["out of memory", "--micro-batch"]),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), ["out of memory"]),
+    (UserError("two\nlines"), ["two lines"]),
+], ids=["disk", "permission", "GPU memory", "memory", "two lines"])
+def test_a_full_disk_or_memory_is_one_line_and_2(monkeypatch, capsys, error, words):
+    def fail(argv):
+        raise error
+    monkeypatch.setattr(ladd, "run_command", fail)
+    assert ladd.main(["--toy"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("ladd: ") and said.count("\n") == 1 and all(w in said for w in words)
+
+
+def test_a_mistake_in_the_code_keeps_its_traceback(monkeypatch):
+    def fail(argv):
+        raise RuntimeError("shapes do not match")
+    monkeypatch.setattr(ladd, "run_command", fail)
+    with pytest.raises(RuntimeError, match="shapes"):
+        ladd.main(["--toy"])

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -18,8 +19,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import ladd
+from test_core import kind_of
 from toy_mnist import report, world
-from toy_mnist.edm import CUNet
+from toy_mnist.edm import CUNet, time_grid
 from toy_mnist.judge import WEIGHTS
 
 TINY = ["--iterations", "4", "--batch", "4", "--samples", "20", "--teacher-steps", "3", "--guidance-low", "0", "--guidance-high", "1", "--head-width", "8", "--warmup", "1",
@@ -290,6 +292,31 @@ def test_every_variant_trains(plain, out):
     assert {"distill_loss", "score_loss", "r1"} <= set(last) and last["skipped"] == 0
 
 
+def test_a_compiled_run_is_the_same_run(plain, out, monkeypatch):
+    """With a backend that traces the network but writes no code."""
+    graphs, short = [], ["--iterations", "2", "--backward-simulation", "false"]
+    plain("not compiled", *short)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=lambda graph, inputs: graphs.append(graph) or graph.forward))
+    plain("compiled", "--compile", *short)
+    assert graphs and metrics(out / "compiled") == [pytest.approx(line, rel=1e-3, abs=1e-3) for line in metrics(out / "not compiled")]
+    a, b = (load_file(out / name / "student.safetensors") for name in ("compiled", "not compiled"))
+    assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=1e-3) for k in a)
+
+
+def test_a_number_that_another_run_takes_meanwhile_is_left_to_it(plain, job, tmp_path, monkeypatch):
+    prepare = world.ToyWorld.prepare
+
+    def meanwhile(self):
+        for name in ("001", "002.part"):
+            (tmp_path / name).mkdir()
+        prepare(self)
+    monkeypatch.setattr(world.ToyWorld, "prepare", meanwhile)
+    monkeypatch.setattr(report, "write", lambda *args: None), monkeypatch.setattr(report, "draw_start", lambda *args: None)
+    code, printed = job("--out", str(tmp_path), "--iterations", "1", "--evaluate-every", "0")
+    assert code == 0 and f"run {tmp_path / '003'} on cpu" in printed and (tmp_path / "003" / "student.safetensors").exists()
+    assert not list((tmp_path / "001").iterdir()) and not list((tmp_path / "002.part").iterdir())
+
+
 def test_a_run_without_a_name_is_numbered(plain, job, out, weights, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "write", lambda *args: None)
@@ -306,7 +333,7 @@ def test_a_run_without_a_name_is_numbered(plain, job, out, weights, tmp_path):
 def toy(weights, tmp_path):
     """toy(*options) -> a ToyWorld whose cache is in tmp_path."""
     def make(*options):
-        given = ladd.parser_for(world).parse_args(["--toy", "--weights", str(weights), "--out", str(tmp_path), *TINY, *options])
+        given = ladd.parser_for(world).parse_args(["--toy", "--weights", str(weights), "--out", str(tmp_path), "--judge-samples", "200", *TINY, *options])
         return world.make_world(ladd.resolve_recipe(world, given), given, torch.device("cpu"))
     return make
 
@@ -315,13 +342,37 @@ def test_the_teachers_samples_are_made_once_per_setting(toy, monkeypatch):
     first = toy()
     first.prepare()
     made = []
-    monkeypatch.setattr(world.ToyWorld, "run_sampler", lambda self, *args: made.append(args) or (torch.zeros(20, 3, 28, 28), {}))
+    monkeypatch.setattr(world.ToyWorld, "run_sampler", lambda self, *args: made.append(args) or (torch.zeros(len(args[2]), 3, 28, 28), {"nfe": 1, "ms_per_image": 1}))
     again = toy("--student-lr", "5e-4", "--seed", "3")                  # not what the samples are made of
     again.prepare()
     assert not made and torch.equal(again.x0, first.x0) and torch.equal(again.labels, first.labels)
     for other in (["--guidance", "2"], ["--teacher-steps", "4"], ["--samples-seed", "2"]):
         toy(*other).prepare()
     assert sum(len(args[2]) == 20 for args in made) == 3
+
+
+def test_samples_of_other_shares_of_labels_or_another_kind_of_device_have_their_own_cache(toy, weights, tmp_path):
+    """Labels are drawn by the judge's shares, and not stored: with others, the cached samples would be told wrong ones."""
+    first = toy()
+    first.prepare()
+    shutil.copytree(weights, tmp_path / "weights")
+    for name in ("judge", "reference"):
+        rewritten(tmp_path / "weights" / f"{name}.json", lambda about: about["figures"].update(class_share=[0.0] * 9 + [1.0]))
+    other = toy("--weights", str(tmp_path / "weights"))
+    other.prepare()
+    assert set(other.labels.tolist()) == {9} and len(set(first.labels.tolist())) > 3 and not torch.equal(other.x0, first.x0)
+    on_gpu = toy()
+    on_gpu.device = torch.device("cuda")
+    assert on_gpu.cache_path("samples") != first.cache_path("samples") and on_gpu.fingerprint() == first.fingerprint() != other.fingerprint()
+
+
+def test_a_look_at_the_student_repeats_whatever_was_drawn_before(toy, tmp_path):
+    made, seen = toy(), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        seen.append((made.watch(made.teacher, tmp_path / "look.png"), (tmp_path / "look.png").read_bytes(), made.sample_grid(made.teacher, 2, "sample")))
+    (a, picture, grid), (b, again, same) = seen
+    assert a == b and picture == again and torch.equal(grid, same) and {"fid@4", "accuracy@1"} <= a.keys()
 
 
 def test_cached_samples_are_what_their_noise_leads_to(toy):
@@ -345,6 +396,43 @@ def test_cached_samples_of_other_settings_are_refused(uninterrupted, job, out, c
         path.write_text(text)
     error = capsys.readouterr().err
     assert code == 2 and error.count("\n") == 1 and path.with_suffix("").name in error and not (out / "stale").exists()
+
+
+def test_the_teachers_samples_are_guided_as_the_recipe_says(toy):
+    """Euler on EDM's grid, written out: none + w (given - none) for t in [low, high], the given label alone elsewhere."""
+    made = toy("--guidance", "3", "--guidance-low", "0.2", "--guidance-high", "0.9", "--teacher-steps", "5")
+    noise, label = made.draw_noise(4, "guided")
+    times = time_grid(5)
+    x, guided = times[0] * noise, 0
+    with torch.no_grad():
+        for t, after in zip(times, [*times[1:], 0.0]):
+            v, none = (made.teacher(x, torch.full((4,), t), y) for y in (label, torch.full((4,), 10)))
+            if 0.2 <= t <= 0.9:
+                v, guided = none + 3 * (v - none), guided + 1
+            x = x + (after - t) * v
+    assert guided in (1, 2, 3)
+    torch.testing.assert_close(made.sample_teacher(made.teacher, noise, label), x, rtol=1e-4, atol=1e-4)
+
+
+def test_damaged_cached_samples_are_refused(toy):
+    made = toy()
+    made.teacher_samples("samples", 20)
+    path = made.cache_path("samples")
+    about_path, whole, said = path.with_suffix(".json"), path.read_bytes(), path.with_suffix(".json").read_bytes()
+    tensors, about = ladd.load_weights(path, "toy samples", "made_of", "cost")
+    again = lambda tensors: ladd.save_weights(path, tensors, {k: v for k, v in about.items() if k not in ("schema", "sha256")})
+    for harm in (lambda: damaged(path.parent, path.name, "flipped"), lambda: damaged(path.parent, path.name, "empty"), lambda: path.unlink(),
+                 lambda: again({"x0": tensors["x0"][:19]}), lambda: again({"x1": tensors["x0"]}), lambda: about_path.write_bytes(b"\xff\xfe"),
+                 lambda: about_path.write_bytes(said[:-9]), lambda: rewritten(about_path, lambda a: a.update(kind="toy judge")),
+                 lambda: rewritten(about_path, lambda a: a.pop("cost")), lambda: rewritten(about_path, lambda a: a.update(cost=3)),
+                 lambda: rewritten(about_path, lambda a: a.pop("made_of")), lambda: rewritten(about_path, lambda a: a["made_of"].update(device="cuda")),
+                 lambda: rewritten(about_path, lambda a: a["made_of"].update(class_share=[0.1] * 10))):
+        harm()
+        with pytest.raises(ladd.UserError, match=path.name) as error:
+            made.teacher_samples("samples", 20)
+        assert "\n" not in str(error.value)
+        path.write_bytes(whole), about_path.write_bytes(said)
+        assert torch.equal(made.teacher_samples("samples", 20)[0], tensors["x0"])
 
 
 def test_cut_off_cached_samples_are_refused(uninterrupted, job, out, capsys):
@@ -394,6 +482,25 @@ BAD = {
     "unknown recipe": (["--recipe", "best"], ["--recipe best", "toy", "paper"]),
     "unknown device": (["--device", "abacus"], ["--device abacus"]),
     "few judged images": (["--judge-samples", "10"], ["--judge-samples", "200"]),
+    "too many judged images": (["--judge-samples", "9" * 30], ["--judge-samples", "1,000,000"]),
+    "no whole number of judged images": (["--judge-samples", "1e3"], ["--judge-samples"]),
+    "guidance that holds nowhere": (["--guidance-low", "0.9", "--guidance-high", "0.1"], ["guidance_low = 0.9"]),
+    "an alarm that never sounds": (["--least-diversity", "nan"], ["--least-diversity nan"]),
+    "a diversity below 0": (["--least-diversity", "-0.1"], ["--least-diversity"]),
+    "a diversity in words": (["--least-diversity", "much"], ["--least-diversity"]),
+    "no step between lines": (["--log-every", "0"], ["--log-every 0", "1"]),
+    "no checkpoint to keep": (["--keep", "0"], ["--keep 0", "1"]),
+    "judging before the start": (["--evaluate-every", "-1"], ["--evaluate-every"]),
+    "a huge pass": (["--micro-batch", "9" * 30], ["--micro-batch"]),
+    "unknown log": (["--log", "diary"], ["--log", "diary"]),
+    "an option without a value": (["--batch"], ["--batch"]),
+    "a word too many": (["again"], ["again"]),
+    "two worlds": (["--zimage"], ["--toy and --zimage"]),
+    "a recipe that is a folder": (["--recipe", "/"], ["--recipe /", "toy, paper"]),
+    "a recipe that is no text": (["--recipe", str(WEIGHTS / "teacher.safetensors")], ["--recipe", "UnicodeDecodeError"]),
+    "a recipe of another schema": (["--recipe", str(WEIGHTS / "teacher.json")], ["--recipe", "KeyError"]),
+    "weights that are a file": (["--weights", str(WEIGHTS / "teacher.json")], ["teacher.safetensors"]),
+    "a name of two lines": (["--name", "a\nb"], ["--name"]),
     "unknown features": (["--fid", "eye"], ["--fid", "eye"]),
     "no step between checkpoints": (["--checkpoint-every", "0"], ["--checkpoint-every", "0"]),
     "a name with a folder": (["--name", "a/b"], ["--name"]),
@@ -410,6 +517,29 @@ def test_bad_input_is_one_line_and_no_run(job, capsys, tmp_path, options, words)
     code, _ = job("--out", str(tmp_path / "runs"), *options)
     refused(code, capsys, *words)
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
+
+
+def bad_words(field):
+    """What each field of the recipe must refuse on the command line: neither of its kind nor, where it has a range, in it."""
+    kind, meta = kind_of(field), field.metadata
+    if kind is str and not meta["choices"]:
+        return ["", ",", "no.such,enc.1", "enc.1,enc.1", "[]"]          # names of modules
+    words = ["", " ", "text", "nan", "inf", "-inf", "1e999", "9" * 400, "-" + "9" * 400, "[]", "{}", "null", "None", "0x10", "1,2,3,4,5,6,7,8,9", "\u00e9", "\0", "1;2"]
+    words += ["1.5", "true"] if kind is int else ["2", "1.0", "0"] if kind is bool else ["true"]
+    if meta["low"] is not None:
+        words += [repr(meta["low"] - 1), repr(meta["high"] * 2 + 1)]
+    if kind is not field.type:
+        count = len(field.default)
+        words += [",".join([w] * count) for w in words if "," not in w] + [",".join(map(repr, field.default[1:])), "," * count]
+    return words
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(world.ToyRecipe), ids=lambda f: f.name)
+def test_no_word_is_taken_for_a_value_that_it_is_not(job, capsys, tmp_path, field):
+    for word in bad_words(field):
+        code, _ = job("--out", str(tmp_path), f"--{field.name.replace('_', '-')}={word}")
+        assert len(refused(code, capsys, field.name)) < 2000, word
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_world_is_one_line(capsys, tmp_path, monkeypatch):
@@ -442,6 +572,23 @@ def test_an_unfinished_run_has_no_samples(uninterrupted, job, out, capsys):
     (out / "unfinished").mkdir()
     shutil.copy(uninterrupted / "config.json", out / "unfinished")
     refused(job("--sample", "--name", "unfinished", tiny=[])[0], capsys, "unfinished", "--resume")
+
+
+def rewritten(path, change):
+    """A JSON file after change(its contents), or a list where change returns one."""
+    about = json.loads(path.read_text())
+    changed = change(about)
+    path.write_text(json.dumps(changed if isinstance(changed, list) else about))
+
+
+@pytest.mark.parametrize("change", [lambda a: a.pop("config"), lambda a: a.update(config=3), lambda a: a["config"].pop("sigma_data"), lambda a: a["config"].update(width="8"),
+                                    lambda a: a["config"].update(sigma_data="half"), lambda a: a["config"].update(width=16), lambda a: a.update(schema=2),
+                                    lambda a: a.update(kind="toy judge"), lambda a: a.update(sha256=""), lambda a: [a], lambda a: a.pop("schema")], ids=str)
+def test_a_teacher_that_says_other_things_of_itself_is_refused(job, weights, capsys, tmp_path, change):
+    shutil.copytree(weights, tmp_path / "weights")
+    rewritten(tmp_path / "weights" / "teacher.json", change)
+    refused(job("--weights", str(tmp_path / "weights"), "--out", str(tmp_path / "runs"))[0], capsys, "teacher.safetensors")
+    assert not list((tmp_path / "runs").iterdir())
 
 
 def damaged(folder, name, how):
@@ -504,6 +651,42 @@ def test_a_resume_under_another_recipe_is_refused(uninterrupted, job, out, capsy
     refused(job("--name", "changed", "--resume", "--student-lr", "5e-4", tiny=[])[0], capsys, "student_lr", "--i-know")
 
 
+BAD_RUNS = {"config cut off": ("config.json", lambda p: p.write_bytes(p.read_bytes()[:200])), "config empty": ("config.json", lambda p: p.write_text("")),
+            "config no text": ("config.json", lambda p: p.write_bytes(b"\xff\0")), "config a folder": ("config.json", lambda p: p.unlink() or p.mkdir()),
+            "config a list": ("config.json", lambda p: p.write_text("[]")), "no data": ("config.json", lambda p: rewritten(p, lambda c: c.pop("data"))),
+            "data a list": ("config.json", lambda p: rewritten(p, lambda c: c.update(data=[1]))),
+            "other data": ("config.json", lambda p: rewritten(p, lambda c: c["data"].update(teacher="0" * 64))),
+            "no recipe": ("config.json", lambda p: rewritten(p, lambda c: c.pop("recipe"))),
+            "a recipe of another world": ("config.json", lambda p: rewritten(p, lambda c: c["recipe"].update(text_vector="clip"))),
+            "a recipe out of range": ("config.json", lambda p: rewritten(p, lambda c: c["recipe"].update(batch=-1))),
+            "a log that is a folder": ("metrics.jsonl", lambda p: p.unlink() or p.mkdir()), "no such checkpoint": ("checkpoints", lambda p: None)}
+
+
+@pytest.mark.parametrize("name, harm", BAD_RUNS.values(), ids=BAD_RUNS)
+def test_a_damaged_run_is_not_resumed(uninterrupted, job, tmp_path, capsys, name, harm):
+    shutil.copytree(uninterrupted.parent / "cache", tmp_path / "cache"), shutil.copytree(uninterrupted, tmp_path / "run")
+    harm(tmp_path / "run" / name)
+    options = ["--iterations", "3"] if name == "checkpoints" else []     # it has come to 4 already
+    before = (tmp_path / "run" / "config.json").is_file() and (tmp_path / "run" / "config.json").read_bytes()
+    refused(job("--out", str(tmp_path), "--name", "run", "--resume", *options, tiny=[])[0], capsys, "iterations = 3" if options else "")
+    if name != "metrics.jsonl" and before:
+        assert (tmp_path / "run" / "config.json").read_bytes() == before
+    assert student(tmp_path / "run") == student(uninterrupted)
+
+
+def test_a_run_whose_log_and_best_student_are_damaged_goes_on(full, job, out, monkeypatch):
+    monkeypatch.setattr(report, "write", lambda *args: None)
+    shutil.copytree(full[0], out / "mended")
+    shutil.rmtree(out / "mended" / "checkpoints" / "step-0000004")
+    shutil.rmtree(out / "mended" / "checkpoints" / "step-0000003")
+    (out / "mended" / "best.json").write_text('{"score": ')
+    log = out / "mended" / "metrics.jsonl"
+    log.write_bytes(log.read_bytes()[:-7] + b"\0\xff\n")
+    assert job("--name", "mended", "--resume", "--log-every", "1", "--evaluate-every", "2", tiny=[])[0] == 0
+    assert metrics(out / "mended") == metrics(full[0]) and student(out / "mended") == student(full[0])
+    assert (out / "mended" / "best.safetensors").read_bytes() == (full[0] / "best.safetensors").read_bytes()
+
+
 def test_a_resume_with_another_teacher_is_refused(uninterrupted, weights, job, out, capsys, tmp_path):
     shutil.copytree(weights, tmp_path / "weights")
     tensors, about = ladd.load_weights(weights / "teacher.safetensors", kind="toy teacher")
@@ -527,7 +710,7 @@ def test_a_log_that_is_not_installed_is_refused(job, capsys, tmp_path, monkeypat
 
 @pytest.mark.parametrize("steps", ["4", "1", "3"])
 def test_every_row_of_the_table_has_its_own_name(toy, monkeypatch, steps):
-    made = toy("--teacher-steps", steps, "--judge-samples", "200")
+    made = toy("--teacher-steps", steps)
     monkeypatch.setattr(made, "run_sampler", lambda *args: (torch.zeros(len(args[2]), 3, 28, 28), {"nfe": 1, "ms_per_image": 1}))
     monkeypatch.setattr(made, "judge", lambda x, label: {"fid": 1.0})
     made.prepare()

@@ -3,8 +3,10 @@
 import colorsys
 import copy
 import dataclasses
+import json
 import math
 import os
+import shutil
 import struct
 import types
 from pathlib import Path
@@ -16,12 +18,14 @@ import torch
 from torch import nn
 
 import ladd
+from test_core import bad_values, mangled
 from toy_mnist import data as toy_data
 from toy_mnist import judge as toy_judge
 from toy_mnist import teacher, variants
 from toy_mnist import world as toy_world
 from toy_mnist.data import ColorMNIST, colour, hue_to_rgb, image_hue, load_mnist, rgb_to_hue
 from toy_mnist.edm import CUNet, EDMVelocity, sample_dpm, sample_heun, sigma_grid, time_grid
+from zimage.world import ZImageRecipe
 
 SD = 0.6                                                        # a sigma_data unlike EDM's 0.5
 
@@ -507,6 +511,105 @@ def test_judge_training_on_a_few_digits(mnist_root, tmp_path):
     assert all(math.isfinite(v) for v in judge(x, label).values())
 
 
+def judge_files(folder, change=lambda about: None, name="judge", tensors=None):
+    """Copies of the shipped judge and reference; `change` edits what one of them says of itself, tensors replaces its contents."""
+    for path in [*toy_judge.WEIGHTS.glob("judge.*"), *toy_judge.WEIGHTS.glob("reference.*")]:
+        shutil.copy(path, folder)
+    path = folder / f"{name}.json"
+    about = json.loads(path.read_text())
+    if tensors is not None:
+        ladd.save_weights(path.with_suffix(".safetensors"), tensors, {k: v for k, v in about.items() if k not in ("schema", "sha256")})
+        about = json.loads(path.read_text())
+    change(about)
+    path.write_text(json.dumps(about))
+    return folder
+
+
+def put(*keys, value):
+    """A change of a JSON: the value under these keys, or without the last of them."""
+    def change(about):
+        for k in keys[:-1]:
+            about = about[k]
+        about.pop(keys[-1]) if value is None else about.update({keys[-1]: value})
+    return change
+
+
+@pytest.mark.parametrize("keys, value", [
+    (("config",), {"width": "32"}), (("config",), {"depth": 3}), (("config",), [32]), (("config", "width"), 12), (("config", "width"), -8), (("config", "width"), 64),
+    (("figures",), 3), (("figures",), {}), (("figures", "floor"), [1]), (("figures", "floor"), {"many": 1}), (("figures", "floor"), {"1000": "low"}),
+    (("figures", "watch_floor"), None), (("figures", "hue_entropy_real"), None), (("figures", "hue_entropy_real"), [1]), (("figures", "class_share"), None),
+    (("figures", "class_share"), [0.5, 0.5]), (("figures", "class_share"), [0.2] * 10), (("figures", "class_share"), [1.1, -0.1] + [0] * 8),
+    (("figures", "class_share"), [math.nan] * 10), (("figures", "class_share"), "0123456789"), (("config",), None), (("figures",), None), (("kind",), "toy teacher")], ids=str)
+def test_a_judge_that_says_other_things_of_itself_is_refused(tmp_path, keys, value):
+    judge_files(tmp_path)
+    toy_judge.Judge(tmp_path)                                           # good as it was
+    with pytest.raises(ladd.UserError, match="judge.safetensors") as error:
+        toy_judge.Judge(judge_files(tmp_path, put(*keys, value=value)))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, count", [("teacher", 150), ("judge", 60)])
+def test_mangled_words_about_the_weights_are_one_line_or_do_no_harm(tmp_path, name, count):
+    """What a JSON says of its weights is not under their checksum: whatever it holds, the network loads or one line says why not."""
+    judge_files(tmp_path), shutil.copy(toy_judge.WEIGHTS / "teacher.safetensors", tmp_path)
+    load = {"teacher": lambda: toy_world.load_teacher(tmp_path, "cpu"), "judge": lambda: toy_judge.Judge(tmp_path)}[name]
+    refused = 0
+    for data in mangled((toy_judge.WEIGHTS / f"{name}.json").read_bytes(), count):
+        (tmp_path / f"{name}.json").write_bytes(data)
+        try:
+            load()
+        except ladd.UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert count / 3 < refused
+
+
+def test_a_reference_of_another_judge_is_refused(tmp_path):
+    with pytest.raises(ladd.UserError, match="reference.safetensors: made with another judge"):
+        toy_judge.Judge(judge_files(tmp_path, put("figures", "test_accuracy", value=0.5), "reference"))
+    with pytest.raises(ladd.UserError, match="reference.safetensors"):
+        toy_judge.Judge(judge_files(tmp_path, name="reference", tensors={"features": torch.zeros(9, 128)}))
+
+
+def test_with_inception_every_floor_is_inceptions_own(tmp_path, monkeypatch):
+    """A stand-in for the network, and few digits: 200 of reference, 200 for the floor, 100 for the curve."""
+    pixels = lambda x: torch.nn.functional.avg_pool2d(x, 14).flatten(1)
+    monkeypatch.setattr(toy_judge, "inception", lambda device: pixels)
+    monkeypatch.setattr(toy_judge, "load_mnist", lambda root: grey_digits(500))
+    monkeypatch.setattr(toy_judge, "REFERENCE", 200), monkeypatch.setattr(toy_judge, "WATCH", 100), monkeypatch.setattr(toy_judge, "FLOOR_AT", (100, 200))
+    judge = toy_judge.Judge(fid="inception")
+    images, label = ColorMNIST(*grey_digits(500)).batch(torch.arange(500), torch.full((500,), -2))
+    x = pixels(images).numpy()
+    assert judge.floor_at(150) == (100, pytest.approx(toy_judge.frechet(x[200:300], x[:200]), rel=1e-6))
+    assert judge.watch_floor == pytest.approx(toy_judge.frechet(x[200:400], x[400:]), rel=1e-6)
+    assert judge(images[:200], label[:200])["fid"] == pytest.approx(0, abs=1e-6)        # the reference itself
+    assert judge(images[400:], label[400:], watch=True)["fid"] == pytest.approx(0, abs=1e-6)
+    said, world = [], types.SimpleNamespace(
+        judge=judge, recipe=toy_world.TOY, options=types.SimpleNamespace(judge_samples=200), reported_steps=lambda: [1], draw_noise=lambda *key: (None, label[:60]),
+        sample_student=lambda steps: None, run_sampler=lambda *a: (images[:60], {}), sample_grid=lambda *a: images[:60])
+    monkeypatch.setattr(toy_world.tqdm, "write", said.append)
+    toy_world.ToyWorld.watch(world, None, tmp_path / "a.png")
+    assert said[0].startswith(f"real {judge.watch_floor:.3g}  fid@1 ") and f"{judge.watch_floor:.3g}" != f"{judge.about['figures']['watch_floor']:.3g}"
+
+
+@pytest.mark.parametrize("error", [URLError("no network"), OSError("no space"), RuntimeError("hash mismatch\nin two lines")], ids=str)
+def test_inception_that_cannot_be_had_is_one_line(monkeypatch, error):
+    def fail(*args, **more):
+        raise error
+    monkeypatch.setattr("cleanfid.features.build_feature_extractor", fail)
+    with pytest.raises(ladd.UserError, match="--fid inception.*leave --fid at 'judge'") as line:
+        toy_judge.inception("cpu")
+    assert "\n" not in str(line.value)
+
+
+@pytest.mark.parametrize("entropy, accuracy, said", [(1.0, 0.97, []), (0.96, 0.81, []), (0.9, 0.97, ["hue_entropy@4"]), (0.99, 0.5, ["accuracy@4"]),
+                                                     (0.0, 0.1, ["hue_entropy@4", "accuracy@4"])])
+def test_signs_of_collapse_in_colour_and_digits(shipped_judge, entropy, accuracy, said):
+    world = types.SimpleNamespace(judge=shipped_judge, reported_steps=lambda: [4, 2, 1])
+    point = {"hue_entropy@4": entropy, "accuracy@4": accuracy, "hue_entropy@1": 0.0, "accuracy@1": 0.0}     # one step may be poor for long
+    assert [s.split()[0] for s in toy_world.ToyWorld.signs(world, point)] == said
+
+
 @pytest.fixture(scope="module")
 def real_mnist():
     root = os.environ.get("LADD_DATA")
@@ -591,7 +694,7 @@ def linear_head(w, seen=None):
 def some_pass(n=4, shape=(3, 6, 6), seed=0):
     gen = torch.Generator().manual_seed(seed)
     draw = lambda: torch.randn(n, *shape, generator=gen)
-    p = ladd.Pass(x0=draw(), x0_hat=draw(), real_t=draw(), fake_t=draw(), eps=draw(), cond=torch.arange(n), head_cond=torch.eye(10)[:n],
+    p = ladd.Pass(key=(0, 1, 0), x0=draw(), x0_hat=draw(), real_t=draw(), fake_t=draw(), eps=draw(), cond=torch.arange(n), head_cond=torch.eye(10)[:n],
                   t=torch.tensor([1.0, 0.75, 0.5, 0.25])[:n].repeat(n // 4), t_hat=torch.rand(n, generator=gen), t_real=None)
     p.t_real = p.t_hat
     p.real_maps, p.fake_maps = [p.real_t], [p.fake_t]
@@ -611,6 +714,22 @@ def test_gradient_penalty_is_taken_between_real_and_fake_and_trains_the_heads():
     share = (seen[0][0][0] - p.real_t) / (p.fake_t - p.real_t)          # one point of the line per sample
     torch.testing.assert_close(share.flatten(1).std(1), torch.zeros(4), rtol=0, atol=1e-3)
     assert share.min() > -1e-4 and share.max() < 1.0001 and share.flatten(1).mean(1).std() > 0.01
+
+
+@pytest.mark.parametrize("name", ["gradient_penalty", "approximate_r1"])
+@pytest.mark.parametrize("other", [(0, 2, 0), (0, 1, 4), (1, 1, 0)], ids=["iteration", "micro-batch", "seed"])
+def test_draws_of_a_term_are_keyed_as_the_iterations_are(name, other):
+    """Where every t-hat is the same (renoise_std = 0), so are the features: what differs is drawn."""
+    w, changes = torch.tensor([1.0, -2.0, 2.0]), {name: 1.0, "taps": ("echo",)}
+    term = getattr(variants, name)(recipe(**changes), *([] if name == "gradient_penalty" else [EchoWorld()]))
+
+    def seen(key):
+        p, maps = some_pass(), []
+        p.t_hat = p.t_real = torch.full((4,), 0.7)
+        p.key = key
+        term(p, linear_head(w, maps))
+        return maps[-1][0][0].detach()
+    assert torch.equal(seen((0, 1, 0)), seen((0, 1, 0))) and not torch.equal(seen((0, 1, 0)), seen(other))
 
 
 class EchoWorld(ladd.World):
@@ -761,6 +880,17 @@ def test_paper_recipe_has_the_papers_numbers():
 
 
 def test_recipes_that_cannot_work_are_refused():
-    for fields, word in ((dict(distill_weight=1.0, distill_below=1.0), "distill_below"), (dict(loss="wasserstein"), "gradient_penalty")):
+    for fields, word in ((dict(distill_weight=1.0, distill_below=1.0), "distill_below"), (dict(loss="wasserstein"), "gradient_penalty"),
+                         (dict(guidance_low=0.8, guidance_high=0.2), "guidance_low")):
         with pytest.raises(ladd.UserError, match=word):
             toy_world.ToyRecipe(**fields)
+
+
+@pytest.mark.parametrize("kind", [toy_world.ToyRecipe, ZImageRecipe])
+def test_every_field_that_a_world_adds_refuses_bad_values(kind):
+    added = {f.name for f in dataclasses.fields(kind)} - {f.name for f in dataclasses.fields(ladd.Recipe)}
+    tried = [(name, value) for name, value in bad_values(kind) if name in added]
+    assert {name for name, _ in tried} == added
+    for name, value in tried:
+        with pytest.raises(ladd.UserError, match=name):
+            kind(**{name: value})

@@ -9,6 +9,7 @@ distance between two disjoint sets of real images.
 """
 
 import argparse
+import contextlib
 import math
 from pathlib import Path
 
@@ -88,17 +89,36 @@ def hue_spread(hue, label):
 # The judge
 # ---------------------------------------------------------------------------------------------------------------------
 
+@contextlib.contextmanager
+def describes(path):
+    """For what is read from a file's .json: UserError where it is not there or not of the form that is expected."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+        raise ladd.UserError(f"{path}: its contents or its .json are of another form ({error!r:.200}): restore both or make them again") from error
+
+
 class Judge:
     """`judge(x, label) -> dict` of fid, kid, accuracy, hue_entropy, hue_spread_min; x [N,3,28,28], label [N] as asked for."""
 
     def __init__(self, weights=WEIGHTS, device="cpu", fid="judge", data_root=None):
-        tensors, self.about = ladd.load_weights(Path(weights) / "judge.safetensors", "toy judge", "config", "figures")
-        self.net = JudgeNet(**self.about["config"]).to(device).eval().requires_grad_(False)
-        ladd.fill(self.net, tensors, Path(weights) / "judge.safetensors")
-        self.device, self.which, self.floor = device, fid, self.about["figures"]["floor"]
+        path, reference = (Path(weights) / f"{name}.safetensors" for name in ("judge", "reference"))
+        tensors, self.about = ladd.load_weights(path, "toy judge", "config", "figures")
+        with describes(path):
+            self.net = JudgeNet(**self.about["config"]).to(device).eval().requires_grad_(False)
+            figures = self.about["figures"]
+            self.floor, self.watch_floor = {str(int(n)): float(v) for n, v in figures["floor"].items()}, float(figures["watch_floor"])
+            self.hue_entropy, self.class_share = float(figures["hue_entropy_real"]), list(map(float, figures["class_share"]))
+            if len(self.class_share) != 10 or min(self.class_share) < 0 or not math.isclose(sum(self.class_share), 1, abs_tol=1e-3):
+                raise ValueError("class_share is not ten shares of 1")
+        ladd.fill(self.net, tensors, path)
+        self.device, self.which = device, fid
         if fid == "judge":
-            tensors, _ = ladd.load_weights(Path(weights) / "reference.safetensors", "toy reference")
-            self.reference, self.watch_reference = tensors["features"].float().numpy(), tensors["watch"].float().numpy()
+            tensors, about = ladd.load_weights(reference, "toy reference", "figures")
+            if about["figures"] != figures:
+                raise ladd.UserError(f"{reference}: made with another judge than {path}: restore both or make them again")
+            with describes(reference):
+                self.reference, self.watch_reference = tensors["features"].float().numpy(), tensors["watch"].float().numpy()
         else:                                                   # clean-fid's Inception wants the real images themselves
             self.inception = inception(device)
             data = ColorMNIST(*load_mnist(data_root))
@@ -106,6 +126,7 @@ class Judge:
             real = torch.cat([self.inception(x) for x in images]).numpy()
             self.reference, self.watch_reference = real[:REFERENCE], real[-WATCH:]
             self.floor = {str(n): frechet(real[REFERENCE:REFERENCE + n], self.reference) for n in FLOOR_AT}
+            self.watch_floor = frechet(real[REFERENCE:2 * REFERENCE][:1000], self.watch_reference)
 
     @torch.no_grad()
     def features(self, x):

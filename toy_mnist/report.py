@@ -93,7 +93,7 @@ def write(world, run, student, changed):
                if getattr(recipe, k) < getattr(reference, k)]
     notes = [f"FID and KID on {'the toy judge' if world.judge.which == 'judge' else 'Inception'}'s features, "
              f"{world.options.judge_samples} images a row against 10,000 real ones.",
-             "Hue entropy of real images: " + f"{world.judge.about['figures']['hue_entropy_real']:.3f}.",
+             "Hue entropy of real images: " + f"{world.judge.hue_entropy:.3f}.",
              f"Teacher: Euler on EDM's grid, guidance {recipe.guidance:g} for t in [{recipe.guidance_low:g}, {recipe.guidance_high:g}]; "
              f"student: averaged weights, {recipe.sampler} sampler, no guidance."]
     if smaller:

@@ -55,7 +55,7 @@ def gradient_penalty(recipe):
     As in `ladd.r1_penalty` the norm is taken per place, of the gradient of the sum of a head's logits.
     """
     def term(p, state):
-        gen = ladd.generator("gradient penalty", float(p.t_hat[0]))
+        gen = ladd.generator("gradient penalty", *p.key)
         mix = torch.rand(len(p.x0), generator=gen).to(p.x0)
         maps = [ladd.interpolate(a.float(), b.detach().float(), mix).requires_grad_() for a, b in zip(p.real_maps, p.fake_maps)]
         grads = torch.autograd.grad([k.sum() for k in state.heads(maps, p.t_hat, p.head_cond, p.t)], maps, create_graph=True)
@@ -66,7 +66,7 @@ def gradient_penalty(recipe):
 def approximate_r1(recipe, world):
     """Approximate R1 (APT, arXiv 2501.08316) on the re-noised sample at the same t-hat: |D(x_t) - D(x_t + s eps)|^2. +1F."""
     def term(p, state):
-        noise = torch.randn(p.real_t.shape, generator=ladd.generator("approximate R1", float(p.t_real[0]))).to(p.real_t)
+        noise = torch.randn(p.real_t.shape, generator=ladd.generator("approximate R1", *p.key)).to(p.real_t)
         with torch.no_grad():
             maps = ladd.features(world, p.real_t + recipe.approximate_r1_std * noise, p.t_real, p.cond, recipe.taps)
         told = (p.t_real, p.head_cond, p.t)

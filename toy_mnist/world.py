@@ -15,7 +15,7 @@ import ladd
 from ladd import note
 from toy_mnist import report, variants
 from toy_mnist.edm import CUNet, EDMVelocity, null_cond, time_grid
-from toy_mnist.judge import WEIGHTS, Judge
+from toy_mnist.judge import WEIGHTS, Judge, describes
 
 NAME = "toy"
 SHAPE = (3, 28, 28)
@@ -48,6 +48,9 @@ class ToyRecipe(ladd.Recipe):
         super().__post_init__()
         if self.distill_weight and self.distill_below >= 1 and not self.paired_share:
             raise ladd.UserError(f"distill_below = {self.distill_below}: at t = 1 a fresh noise says nothing of x0; give 0.99, or a paired_share")
+        if self.guidance_low > self.guidance_high:
+            raise ladd.UserError(f"guidance_low = {self.guidance_low}, guidance_high = {self.guidance_high}: guidance would hold nowhere; "
+                                 f"for none, give guidance 1")
         if self.loss == "wasserstein" and not self.gradient_penalty:
             raise ladd.UserError("loss = wasserstein: it has no bound without gradient_penalty; give that a weight, say 1")
 
@@ -81,8 +84,9 @@ def load_teacher(folder, device):
     """(EDMVelocity, about) of the shipped teacher."""
     path = Path(folder) / "teacher.safetensors"
     tensors, about = ladd.load_weights(path, "toy teacher", "config")
-    config = dict(about["config"])
-    velocity = EDMVelocity(CUNet(config["width"], config["emb"]), config["sigma_data"])
+    with describes(path):
+        config = about["config"]
+        velocity = EDMVelocity(CUNet(config["width"], config["emb"]), config["sigma_data"])
     ladd.fill(velocity.net, tensors, path)
     return velocity.to(device).eval().requires_grad_(False), about
 
@@ -102,13 +106,13 @@ class ToyWorld(ladd.World):
     shape, cond_dim, early_exit, reference = SHAPE, 10, True, REFERENCE
 
     def __init__(self, recipe, options, device):
-        if options.judge_samples < 200:
-            raise ladd.UserError(f"--judge-samples {options.judge_samples}: give at least 200: fewer say nothing of 128 features")
+        if not 200 <= options.judge_samples <= 10 ** 6:
+            raise ladd.UserError(f"--judge-samples {options.judge_samples}: give 200 (fewer say nothing of 128 features) to 1,000,000")
         self.recipe, self.options, self.device = recipe, options, device
         self.teacher, self.about = load_teacher(options.weights, device)
         self.tap_root = self.teacher.net
         self.judge = Judge(options.weights, device, options.fid, options.data_root)
-        self.class_share = torch.tensor(self.judge.about["figures"]["class_share"])
+        self.class_share = self.judge.class_share
 
     # ---- what the method asks for ------------------------------------------------------------------------------------
 
@@ -123,16 +127,16 @@ class ToyWorld(ladd.World):
         return variants.terms(self.recipe, self)
 
     def fingerprint(self):
-        """What the samples were made of: equal fingerprints, equal samples."""
+        """What the samples were made of: equal fingerprints, equal samples, but for the rounding of another kind of device."""
         keys = ("samples", "samples_seed", "teacher_steps", "guidance", "guidance_low", "guidance_high")
-        return {"teacher": self.about["sha256"], **{k: getattr(self.recipe, k) for k in keys}}
+        return {"teacher": self.about["sha256"], "class_share": self.class_share, **{k: getattr(self.recipe, k) for k in keys}}
 
     # ---- the teacher's samples ---------------------------------------------------------------------------------------
 
     def draw_noise(self, n, *key):
         """n keyed pairs of unit noise [n, 3, 28, 28] and labels [n], these as frequent as in MNIST."""
         gen = ladd.generator(*key)
-        return torch.randn(n, *SHAPE, generator=gen), torch.multinomial(self.class_share, n, True, generator=gen)
+        return torch.randn(n, *SHAPE, generator=gen), torch.multinomial(torch.tensor(self.class_share), n, True, generator=gen)
 
     def sample_teacher(self, velocity, noise, label):
         return ladd.sample_euler(self.guide(velocity), noise, time_grid(self.recipe.teacher_steps), label)
@@ -154,29 +158,39 @@ class ToyWorld(ladd.World):
 
         Cached under `name` by a fingerprint of what made them; name keys their noise too.
         """
-        path, made_of = self.cache_path(name), {**self.fingerprint(), "samples": n}
+        path, made_of = self.cache_path(name), {**self.made_of(), "samples": n}
         noise, labels = self.draw_noise(n, self.recipe.samples_seed, name)
-        if path.with_suffix(".json").exists():
+
+        def read(path, count):
             tensors, about = ladd.load_weights(path, "toy samples", "made_of", "cost")
-            if about["made_of"] != made_of:
+            with describes(path):
+                x0, cost = tensors["x0"].float(), {k: float(about["cost"][k]) for k in ("nfe", "ms_per_image")}
+            if about["made_of"] != made_of or x0.shape != (count, *SHAPE):
                 raise ladd.UserError(f"{path}: made by other settings than this run's; delete it to have it made again")
-            return tensors["x0"].float(), labels, noise, about["cost"]
+            return x0, cost
+        if path.with_suffix(".json").exists():
+            x0, cost = read(path, n)
+            return x0, labels, noise, cost
         parts, files = [], []
         for i in tqdm(range(0, n, PART), desc="sample teacher"):    # part by part, so that a kill loses one at most
             files.append(path.with_name(f"{path.stem}.part-{i}-{min(n, i + PART)}.safetensors"))
             if not files[-1].with_suffix(".json").exists():
                 x0, cost = self.run_sampler(self.sample_teacher, self.teacher, noise[i:i + PART], labels[i:i + PART], "part")
                 ladd.save_weights(files[-1], {"x0": x0}, {"kind": "toy samples", "made_of": made_of, "cost": cost})
-            parts.append(ladd.load_weights(files[-1], "toy samples", "made_of", "cost"))
-        x0 = torch.cat([tensors["x0"] for tensors, _ in parts])
-        cost = {k: sum(len(t["x0"]) * about["cost"][k] for t, about in parts) / n for k in parts[0][1]["cost"]}
+            parts.append(read(files[-1], min(n, i + PART) - i))
+        x0 = torch.cat([x for x, _ in parts])
+        cost = {k: sum(len(x) * c[k] for x, c in parts) / n for k in parts[0][1]}
         ladd.save_weights(path, {"x0": x0}, {"kind": "toy samples", "made_of": made_of, "cost": cost})
         for file in files:
             file.with_suffix(".json").unlink(), file.unlink()
         return x0, labels, noise, cost
 
+    def made_of(self):
+        """The fingerprint and the kind of device: so a cache never changes what a run on this device computes."""
+        return {**self.fingerprint(), "device": self.device.type}
+
     def cache_path(self, name):
-        digest = hashlib.sha256(json.dumps(self.fingerprint(), sort_keys=True).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(json.dumps(self.made_of(), sort_keys=True).encode()).hexdigest()[:16]
         return Path(self.options.out) / "cache" / f"{name}-{digest}.safetensors"
 
     def run_sampler(self, sampler, velocity, noise, label, desc):
@@ -225,14 +239,13 @@ class ToyWorld(ladd.World):
             point |= {f"{k}@{steps}": figures[k] for k in ("fid", "accuracy", "hue_entropy")}
         path.parent.mkdir(parents=True, exist_ok=True)
         save_image(torch.cat([self.sample_grid(student, s)[:20] for s in self.reported_steps()]), path, nrow=10, normalize=True, value_range=(-1, 1))
-        tqdm.write(f"real {self.judge.about['figures']['watch_floor']:.3g}  " + "  ".join(f"{k} {v:.3g}" for k, v in point.items() if not k.startswith("accuracy")))
+        tqdm.write(f"real {self.judge.watch_floor:.3g}  " + "  ".join(f"{k} {v:.3g}" for k, v in point.items() if not k.startswith("accuracy")))
         return point
 
     def signs(self, point):
         """Collapse as this world shows it, at the most steps reported: hues missing, or digits that cannot be read."""
         most = self.reported_steps()[0]
-        real = self.judge.about["figures"]["hue_entropy_real"]
-        limits = {f"hue_entropy@{most}": 0.95 * real, f"accuracy@{most}": 0.8}
+        limits = {f"hue_entropy@{most}": 0.95 * self.judge.hue_entropy, f"accuracy@{most}": 0.8}
         return [f"{k} {point[k]:.3f} is under {low:.3f}" for k, low in limits.items() if point[k] < low]
 
     def reported_steps(self):
