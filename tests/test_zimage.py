@@ -1,12 +1,14 @@
 """Z-Image: the adapter against diffusers' own pipeline, the whole job on a tiny random pipeline, sharded and on two ranks."""
 
 import functools
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import tiny_zimage
 import torch
 
 import ladd
-from zimage import adapter, fsdp, precompute
+from zimage import adapter, fsdp, lora, precompute
 from zimage import world as zworld
 from zimage.adapter import Prompts, ZImageVelocity
 from zimage.data import Latents
@@ -269,6 +271,7 @@ def test_the_whole_job(alone, pipe):
     assert judged["collapsed"] == 0 and {"variance@4", "distance@1"} <= judged.keys()
     config = json.loads((alone / "config.json").read_text())
     assert config["world"] == "zimage" and config["recipe"]["taps"] == ["1", "3"] and config["drift"]["batch"] == [32, 4]
+    assert config["data"]["latents.guidance"] == 3 and config["data"]["latents.steps"] == 3        # what sample and evaluate go by
 
 
 def half_done(run, folder):
@@ -325,11 +328,6 @@ def test_calls_and_cost_of_an_iteration(model, data, monkeypatch, tmp_path):
     assert sum(len(s) for s in steps) + sum(1 if not trained else 2 for s in steps for trained, graph, _ in s if graph) == 12
 
 
-def test_a_recipe_with_clips_vector_needs_data_that_has_it(model, data, tmp_path, capsys):
-    assert distil(model, data, tmp_path, "a", "--recipe", "zimage-clip", "--iterations", "2") == 2
-    assert "holds no vector 'clip', only qwen" in capsys.readouterr().err and not (tmp_path / "a").exists()
-
-
 def test_in_bfloat16_with_the_average_on_the_host(model, data, tmp_path):
     from safetensors.torch import load_file
     assert distil(model, data, tmp_path, "a", "--iterations", "3", "--dtype", "bfloat16", "--ema-on-host") == 0
@@ -339,26 +337,73 @@ def test_in_bfloat16_with_the_average_on_the_host(model, data, tmp_path):
     assert json.loads((tmp_path / "a" / "student" / "about.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_both_worlds_run_the_same_step():
-    from toy_mnist import world as toy
-    assert toy.ladd.step is zworld.ladd.step is ladd.step
-    assert issubclass(toy.ToyWorld, ladd.World) and issubclass(zworld.ZImageWorld, ladd.World)
-    assert all("step" not in vars(cls) for cls in (toy.ToyWorld, zworld.ZImageWorld))
+def test_both_worlds_run_the_same_step(model, data, tmp_path, monkeypatch):
+    """Each world's job comes to `ladd.step` and trains by nothing else: where that does nothing, no weight changes."""
+    from toy_mnist.world import ToyWorld
+    calls, last = [], {}
+
+    def step(state, world, recipe, terms, i, *rest):
+        weights = torch.cat([ladd.local(p).detach().flatten() for m in (state.student, state.heads) for p in m.parameters()])
+        assert i == 0 or torch.equal(weights, last["weights"])
+        calls.append((type(world), i))
+        last["weights"] = weights
+        if i == 1:
+            raise ladd.UserError("seen")
+        return {"heads_loss": 0.0}
+    monkeypatch.setattr(ladd, "step", step)
+    for world in (ToyWorld, zworld.ZImageWorld):
+        monkeypatch.setattr(world, "draw_start", lambda self, path: None)
+    toy = ["--toy", "--samples", "4", "--teacher-steps", "1", "--head-width", "8", "--batch", "2", "--out", str(tmp_path), "--device", "cpu"]
+    assert ladd.main(toy) == distil(model, data, tmp_path, "z") == 2
+    assert calls == [(ToyWorld, 0), (ToyWorld, 1), (zworld.ZImageWorld, 0), (zworld.ZImageWorld, 1)]
+
+
+def test_start_png_shows_paired_samples_with_the_noise_they_were_made_from(model, data, tmp_path, monkeypatch):
+    shown = {}
+
+    def draw(self, path, rows):
+        shown.update((title, z) for z, title in rows)
+        raise ladd.UserError("seen")
+    monkeypatch.setattr(zworld.ZImageWorld, "draw", draw)
+    for share in ("0", "1"):
+        assert distil(model, data, tmp_path, "a" + share, "--paired-share", share, "--batch", "2") == 2     # fewer than a grid has
+        x0, _, noise = Latents(data).get([0, 2])
+        assert torch.equal(shown["x0: the teacher's samples, the 'real' ones"], x0)
+        assert torch.equal(shown["x_t at t = 1: what the student is given"], noise) == (share == "1")
+
+
+def test_compile_takes_every_block_of_student_and_teacher(model, data, tmp_path, monkeypatch):
+    """Under FSDP, checkpointing and taps. What the compiler makes of a block is left out: it takes minutes."""
+    calls = {}
+
+    def compiled(forward, fullgraph):
+        def call(*args, **kwargs):
+            calls[id(forward)] += fullgraph
+            return forward(*args, **kwargs)
+        calls[id(forward)] = 0
+        return call
+    monkeypatch.setattr(torch, "compile", compiled)
+    assert distil(model, data, tmp_path, "a", "--iterations", "2", "--gen-every", "1", "--compile") == 0
+    assert len(calls) == 2 * (2 + 2 + 4) and min(calls.values()) >= 2       # refiners and layers, each in both iterations
 
 
 def test_the_readmes_commands_run_on_the_tiny_model(model, tmp_path, monkeypatch):
     from zimage import evaluate, export, sample
     readme = (ROOT / "README.md").read_text()
-    lines = [re.sub(r"^torchrun \S+ ", "python ", line.split("#")[0].strip()) for line in re.findall(r"^    ((?:torchrun|python).*)$", readme, re.M)]
+    lines = re.findall(r"^    ((?:torchrun|python).*)$", readme, re.M)
+    lines = [re.sub(r"^torchrun (--\S+ )+", "python ", line.split("#")[0].strip()) for line in lines]
     commands = [line.replace("python -m ", "").replace("python ", "") for line in lines if "zimage" in line]
-    assert [c.split()[0] for c in commands] == ["zimage.precompute", "zimage.precompute", "ladd.py", "zimage.evaluate", "zimage.sample", "zimage.export"]
+    assert [c.split()[0] for c in commands] == ["zimage.precompute", "zimage.precompute", "ladd.py", "ladd.py", "zimage.evaluate", "zimage.sample",
+                                                  "zimage.export", "ladd.py"]
+    assert commands.pop() == commands[2]                    # the line for several machines
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("a cat\na dog\na bird\na fish\n")
     small, tiny = ["--resolution", "64"], ["--dtype", "float32", "--device", "cpu"]
-    more = [["--steps", "2", *small, *tiny], ["--steps", "2", *small, *tiny], ["--model", str(model), "--iterations", "2", *TINY, *tiny],
+    job = ["--model", str(model), "--iterations", "2", *TINY, *tiny]
+    more = [["--steps", "2", *small, *tiny], ["--steps", "2", *small, *tiny], job, job,
             ["--prompts", "prompts.txt", "--teacher-steps", "2", "--seeds", "0", "--steps", "4", *small, *tiny],
             ["--prompts", "prompts.txt", "--teacher-steps", "2", "--count", "2", "--steps", "4", *small, *tiny], ["--dtype", "float32"]]
-    mains = [precompute.main, precompute.main, ladd.main, lambda argv: evaluate.main(argv, features=lambda x: x.flatten(1)[:, ::97]),
+    mains = [precompute.main, precompute.main, ladd.main, ladd.main, lambda argv: evaluate.main(argv, features=lambda x: x.flatten(1)[:, ::97]),
              sample.main, export.main]
     for command, main, options in zip(commands, mains, more):
         words = command.replace("Tongyi-MAI/Z-Image", str(model)).replace(str(ROOT), "").split()[1:]
@@ -366,6 +411,276 @@ def test_the_readmes_commands_run_on_the_tiny_model(model, tmp_path, monkeypatch
         assert main(words + options) == 0, command
         assert (tmp_path / "data").exists() == ("--plan" not in command)
     assert (tmp_path / "runs/first/report.json").exists() and (tmp_path / "z-image-4-steps/model_index.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA
+# ---------------------------------------------------------------------------------------------------------------------
+
+LORA = ["--lora-rank", "4", "--student-lr", "3e-4", "--head-lr", "1e-3", "--lr-warmup", "0", "--gen-every", "1"]
+
+
+@pytest.fixture(scope="module")
+def adapted(model, data, tmp_path_factory):
+    """run: six iterations of a LoRA student on one rank, checkpointed at 3 and 6; world and state: as the run ended."""
+    out, train, kept = tmp_path_factory.mktemp("lora"), ladd.train, {}
+
+    def keep(world, *args):
+        kept.update(world=world, state=train(world, *args))
+        return kept["state"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ladd, "train", keep)
+        assert distil(model, data, out, "a", "--iterations", "6", "--checkpoint-every", "3", *LORA) == 0
+    return types.SimpleNamespace(run=out / "a", **kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_lora_student_starts_as_the_teacher_whose_weights_it_shares(dtype):
+    teacher = torch.nn.Module.to(tiny_zimage.transformer(), dtype).requires_grad_(False)
+    student = lora.LoraVelocity(lora.attach(teacher, 4), dtype)
+    x, t, cond = torch.randn(2, 16, 8, 12), torch.tensor([0.3, 1]), Prompts([torch.randn(n, 32) for n in (5, 40)], torch.zeros(2, 3))
+    guess = student(x, t, cond)
+    assert torch.equal(guess, ZImageVelocity(teacher)(x, t, cond))
+    trained, whole = list(student.parameters()), list(student.transformer.parameters())
+    assert sum(p.numel() for p in trained) == lora.size(teacher, 4) > 20_000 and {p.dtype for p in trained} == {torch.float32}
+    ours, theirs = {p.data_ptr() for p in whole} - {p.data_ptr() for p in trained}, {p.data_ptr() for p in teacher.parameters()}
+    assert ours == theirs and len(whole) == len(trained) + len(theirs)
+    guess.square().mean().backward()
+    reached = [p for p in trained if p.grad is not None and p.grad.any()]
+    assert len(reached) == len(trained) / 2             # every B; no A, before its B has left 0
+    assert all(p.grad is None for p in teacher.parameters()) and not hasattr(teacher.layers[0].attention.to_q, "lora_A")
+
+
+def test_nothing_but_lora_is_trained_averaged_and_saved(adapted, pipe):
+    state, saved, size = adapted.state, checkpoint(adapted.run), lora.size(pipe.transformer, 4)
+    base = {k.replace(".base_layer", ""): v for k, v in state.student.transformer.state_dict().items() if ".lora_" not in k}
+    for k, w in pipe.transformer.state_dict().items():
+        assert torch.equal(base[k], w), k
+    b = [p for name, p in state.student.transformer.named_parameters() if ".lora_B." in name]
+    assert len(b) > 50 and all(p.any() for p in b)
+    of_student = {k: v for k, v in saved.items() if k.startswith(("student.", "student_opt.", "ema.")) and v.numel() > 1}
+    assert sum(v.numel() for v in of_student.values()) == 4 * size      # weights, two moments, average
+    assert {v.dtype for v in of_student.values()} == {torch.float32}
+    assert all(torch.equal(v, mean) for v, mean in zip((saved[f"ema.{k}"] for k in range(2 * len(b))), state.ema.mean))
+
+
+def test_a_lora_run_ends_in_a_whole_student_and_in_the_lora_alone(adapted, pipe, model, tmp_path):
+    from zimage import export
+    z, cond = batch(pipe, "a cat", "two cats")
+    t = torch.tensor([1.0, 0.4])
+    with torch.no_grad(), adapted.state.averaged() as student:
+        want, times = student(z, t, cond), ladd.step_times((1, 0.75, 0.5, 0.25), 4)
+        sampled = ladd.sample_euler(student, z, times, cond)
+        merged = adapter.load_transformer(adapted.run / "student", torch.float32)
+        torch.testing.assert_close(ZImageVelocity(merged)(z, t, cond), want, rtol=1e-4, atol=1e-5)
+        other = adapter.load_pipeline(model, torch.float32, CPU)
+        untrained = ZImageVelocity(other.transformer)(z, t, cond)
+        other.load_lora_weights(adapted.run / "lora")
+        torch.testing.assert_close(ZImageVelocity(other.transformer)(z, t, cond), want, rtol=1e-4, atol=1e-5)
+        assert (want - untrained).abs().max() > 0.01
+    assert not torch.equal(adapted.state.ema.mean[1], list(adapted.state.student.parameters())[1])          # the average was saved, not these
+    assert export.main([str(adapted.run), "--out", str(tmp_path / "out"), "--dtype", "float32"]) == 0
+    stock = adapter.load_pipeline(tmp_path / "out", torch.float32, CPU)
+    made = stock(["a cat", "two cats"], latents=z, height=64, width=96, num_inference_steps=4, guidance_scale=0, output_type="latent").images
+    torch.testing.assert_close(made, sampled, rtol=0, atol=1e-4)
+
+
+def test_a_lora_run_killed_and_resumed_is_never_killed(adapted, model, data, tmp_path):
+    half_done(adapted.run, tmp_path)
+    assert distil(model, data, tmp_path, "a", "--iterations", "6", "--checkpoint-every", "3", "--resume") == 0
+    a, b = checkpoint(adapted.run), checkpoint(tmp_path / "a")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: one line, exit code 2, before any weight is loaded, and no run's folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+def rewritten(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def flipped(path, place):
+    """One bit of the byte at place is another."""
+    raw = bytearray(path.read_bytes())
+    raw[place] ^= 4
+    path.write_bytes(raw)
+
+
+def weights(model, part="transformer"):
+    return next((model / part).glob("*.safetensors"))
+
+
+def cut(path, size=100):
+    path.write_bytes(path.read_bytes()[:-size])
+
+
+def without_a_weight(model):
+    from safetensors.torch import load_file, save_file
+    tensors = load_file(weights(model))
+    tensors.pop("layers.2.feed_forward.w1.weight")
+    save_file(tensors, weights(model), {"format": "pt"})
+
+
+BAD_MODEL = {       # what is done to the model's folder, and what the line must say
+    "empty": (lambda m: [shutil.rmtree(m), m.mkdir()], "no readable model_index.json"),
+    "another pipeline": (lambda m: rewritten(m / "model_index.json", _class_name="FluxPipeline"), "a FluxPipeline, not a ZImagePipeline"),
+    "no transformer": (lambda m: shutil.rmtree(m / "transformer"), "transformer/config.json can't be read"),
+    "no weights": (lambda m: weights(m).unlink(), "transformer/ holds no safetensors"),
+    "no JSON": (lambda m: (m / "transformer" / "config.json").write_text("{"), "transformer/config.json can't be read"),
+    "no width": (lambda m: rewritten(m / "transformer" / "config.json", dim="wide"), "transformer/config.json makes no transformer"),
+    "a layer less": (lambda m: rewritten(m / "transformer" / "config.json", n_layers=3), "do not fit its transformer/config.json, layers.3."),
+    "a weight less": (without_a_weight, "1 weights do not fit its transformer/config.json, layers.2.feed_forward.w1.weight first"),
+    "cut off": (lambda m: cut(weights(m)), "diffusion_pytorch_model.safetensors: damaged or cut off"),
+    "cut off in its header": (lambda m: weights(m).write_bytes(weights(m).read_bytes()[:50]), "damaged or cut off (cut off in its header)"),
+    "no text encoder": (lambda m: shutil.rmtree(m / "text_encoder"), "text_encoder/ is missing or empty"),
+    "other weights": (lambda m: flipped(weights(m), -5), "made by another model"),
+    "another text encoder": (lambda m: flipped(weights(m, "text_encoder"), -5), "made by another model"),
+    "no VAE": (lambda m: shutil.rmtree(m / "vae"), "the VAE can't be loaded"),
+    "a damaged VAE": (lambda m: cut(weights(m, "vae")), "the VAE can't be loaded"),
+}
+BAD_DATA = {        # the same for the data's folder
+    "no folder": (shutil.rmtree, "manifest.json: can't be read"),
+    "no manifest": (lambda d: (d / "manifest.json").unlink(), "manifest.json: can't be read"),
+    "no JSON": (lambda d: (d / "manifest.json").write_text("{"), "manifest.json: can't be read (not JSON)"),
+    "another kind": (lambda d: rewritten(d / "manifest.json", kind="photographs"), "not a 'zimage data' manifest"),
+    "a shard is gone": (lambda d: (d / "shard-00001.safetensors").unlink(), "1 of 4 shards are missing, shard-00001.safetensors the first; go on"),
+    "a shard is cut off": (lambda d: cut(d / "shard-00002.safetensors"), "shard-00002.safetensors: cut off or damaged"),
+    "a shard of other data": (lambda d: rewritten(d / "shard-00000.json", made_of={}), "shard-00000.safetensors: belongs to other data"),
+}
+BAD_OPTIONS = [
+    (["--taps", "9"], "taps = ['9']: 9 is no layer of this transformer; give some of 0 .. 3"), (["--taps=-1"], "-1 is no layer"),
+    (["--taps", "1,x"], "x is no layer"), (["--taps", "01"], "01 is no layer"), (["--taps", ""], "none given"),
+    (["--taps", "1,1"], "name each module once"),
+    (["--batch", "6", "--micro-batch", "4"], "--micro-batch 4: give a number that divides batch / ranks = 6"),
+    (["--recipe", "zimage-clip"], "holds no vector 'clip', only qwen"),
+    (["--recipe", "toy"], "zimage, zimage-clip, zimage-lora"),
+    (["--judge-samples", "100"], "unrecognized arguments: --judge-samples 100"), (["--distill-weight", "1"], "--distill-weight"),
+    (["--toy"], "--toy and --zimage: give one of them"), (["--dtype", "float16"], "invalid choice: 'float16'"),
+    (["--text-vector", "t5"], "text_vector = 't5': choose from qwen, clip"), (["--lora-rank", "-1"], "lora_rank = -1: give a value from 0 to 1024"),
+    (["--lora-rank", "1.5"], "lora_rank = '1.5': give int values"),
+    (["--lora-rank", "4", "--teacher-sharded"], "--teacher-sharded: a LoRA student uses the teacher's own weights"),
+]
+
+
+def refused(capsys, out, argv, says):
+    capsys.readouterr()
+    assert ladd.main(argv) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("ladd: ") and says in lines[0], lines
+    assert not list(out.glob("*")), "half a run's folder"
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+    monkeypatch.setattr(fsdp, "build", fail)
+
+
+@pytest.mark.parametrize("what, case", [*(("model", c) for c in BAD_MODEL), *(("data", c) for c in BAD_DATA)])
+def test_a_bad_folder_is_refused_in_one_line(what, case, model, data, tmp_path, capsys, nothing_loads):
+    folders = {"model": model, "data": data}
+    folders[what] = Path(shutil.copytree(folders[what], tmp_path / what))
+    spoil, says = (BAD_MODEL if what == "model" else BAD_DATA)[case]
+    spoil(folders[what])
+    refused(capsys, tmp_path / "out", job(folders["model"], folders["data"], tmp_path / "out")[1:], says)
+
+
+@pytest.mark.parametrize("options, says", BAD_OPTIONS)
+def test_a_bad_option_is_refused_in_one_line(options, says, model, data, tmp_path, capsys, nothing_loads):
+    refused(capsys, tmp_path, job(model, data, tmp_path, *options)[1:], says)
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("no network")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+
+
+def test_a_job_without_data_or_model_is_told_where_to_get_them(model, data, tmp_path, capsys, no_hub, nothing_loads):
+    tell = ["--zimage", "--out", str(tmp_path), "--device", "cpu"]
+    refused(capsys, tmp_path, tell, "--data: name the folder of the teacher's latents; make one by python -m zimage.precompute")
+    refused(capsys, tmp_path, [*tell, "--data", str(data)], "--model Tongyi-MAI/Z-Image: no such folder, and the hub gave none (OSError)")
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused(model, data, tmp_path, capsys, monkeypatch, nothing_loads):
+    monkeypatch.setattr(ladd, "ranks", lambda: 3), monkeypatch.setattr(ladd, "from_first", lambda make: make())
+    for options, says in ((["--batch", "4"], "batch = 4: give a multiple of the 3 ranks"),
+                          (["--batch", "2"], "batch = 2: give a multiple of the 3 ranks"),
+                          (["--batch", "12", "--micro-batch", "3"], "--micro-batch 3: give a number that divides batch / ranks = 4")):
+        monkeypatch.setattr("sys.stderr", stderr := io.StringIO())
+        assert ladd.main(job(model, data, tmp_path, *options)[1:]) == 2
+        assert stderr.getvalue().startswith("ladd (rank 0): ") and says in stderr.getvalue() and stderr.getvalue().count("\n") == 1
+    assert not list(tmp_path.glob("*"))
+
+
+def test_a_damaged_shard_is_found_before_the_run_has_a_folder(model, data, tmp_path, capsys):
+    """Its checksum is read with its first sample: here with the first batch."""
+    made = Path(shutil.copytree(data, tmp_path / "data"))
+    for shard in made.glob("*.safetensors"):
+        flipped(shard, -5)
+    refused(capsys, tmp_path / "out", job(model, made, tmp_path / "out")[1:], "damaged (its checksum differs from its .json); run its precompute")
+
+
+def test_a_run_goes_on_with_its_own_data_alone(alone, model, data, tmp_path, capsys):
+    half_done(alone, tmp_path)
+    other = Path(shutil.copytree(data, tmp_path / "data"))
+    for path in other.glob("*.json"):
+        rewritten(path, made_of={**json.loads(path.read_text())["made_of"], "resolution": ["512x512"]})
+    before = (tmp_path / "a" / "config.json").read_text()
+    assert distil(model, other, tmp_path, "a", "--iterations", "6", "--resume") == 2
+    assert "run a was made otherwise: latents.resolution = ['512x512'] (was ['64x64', '96x64']); start a new run" in capsys.readouterr().err
+    assert (tmp_path / "a" / "config.json").read_text() == before
+    assert distil(model, data, tmp_path, "a", "--sample", "--steps", "2") == 2
+    assert f"--sample: for Z-Image it is python -m zimage.sample {tmp_path / 'a'} --steps 2" in capsys.readouterr().err
+
+
+def test_turbo_is_warned_of_by_its_name_on_the_hub(model, data, tmp_path, capsys, monkeypatch, nothing_loads):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name: str(model))
+    for name, warned in (("Tongyi-MAI/Z-Image-Turbo", True), ("Tongyi-MAI/Z-Image", False)):
+        assert ladd.main(job(name, data, tmp_path, "--taps", "9")[1:]) == 2        # told before the refusal
+        assert (f"WARNING: {name} looks like Z-Image-Turbo" in capsys.readouterr().out) == warned
+
+
+GB, BIG = 10 ** 9, 6_154_908_736        # Z-Image's weights
+LORA_64 = 64 * (34 * (4 * 2 * 3840 + 3 * (3840 + 10240)))      # in 34 blocks, of a linear layer of r: r (inputs + outputs)
+
+
+@pytest.mark.parametrize("recipe, options, ranks, memory, disk", [
+    ("zimage", [], 1, 20 * BIG + 2 * BIG, 16 * BIG + 2 * BIG), ("zimage", ["--ema-on-host"], 8, 16 * BIG / 8 + 2 * BIG, 18 * BIG),
+    ("zimage", ["--teacher-sharded"], 8, 22 * BIG / 8, 18 * BIG), ("zimage-lora", [], 8, 20 * LORA_64 + 2 * BIG, 16 * LORA_64 + 2 * BIG),
+    ("zimage-lora", ["--ema-on-host", "--dtype", "float32"], 1, 16 * LORA_64 + 4 * BIG, 16 * LORA_64 + 4 * BIG)])
+def test_too_little_memory_or_disk_is_refused_to_the_byte(recipe, options, ranks, memory, disk, tmp_path, capsys, monkeypatch):
+    """The published size, of which no weight is made."""
+    monkeypatch.setattr(ladd, "ranks", lambda: ranks)
+    with torch.device("meta"):
+        from diffusers import ZImageTransformer2DModel
+        whole = ZImageTransformer2DModel()
+    world = zworld.ZImageWorld.__new__(zworld.ZImageWorld)
+    parser = ladd.parser_for(zworld)
+    world.options, world.recipe = parser.parse_args(["--zimage", "--out", str(tmp_path), *options]), zworld.RECIPES[recipe]
+    world.device, world.dtype = torch.device("cuda"), getattr(torch, world.options.dtype or "bfloat16")
+
+    def check(gpu, free):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(total_memory=gpu))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free))
+        world.check_memory(whole)
+    check(memory + 1, disk)
+    said = capsys.readouterr().out
+    trained = LORA_64 if "lora" in recipe else BIG
+    assert f"6.15B parameters, {trained / GB:.2f}B of them trained, on {ranks} ranks: {memory / GB:.1f} GB each" in said
+    with pytest.raises(ladd.UserError, match=f"^--zimage: {memory / GB:.1f} GB are needed on each GPU before activations, and it has"):
+        check(memory - 1, disk)
+    with pytest.raises(ladd.UserError, match=f"^--out .*: a checkpoint and the student take {disk / GB:.1f} GB and"):
+        check(memory + 1, disk - 1)
+
+
+def test_a_gpu_that_is_too_small_is_refused_before_anything_is_loaded(model, data, tmp_path, capsys, monkeypatch, nothing_loads):
+    monkeypatch.setattr(ladd, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(total_memory=1000))
+    refused(capsys, tmp_path, job(model, data, tmp_path)[1:], "GB are needed on each GPU before activations, and it has 0.0: use more GPUs")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -407,6 +722,21 @@ def test_a_checkpoint_of_one_rank_goes_on_with_two_and_a_sharded_teacher(alone, 
     done = torchrun(2, *job(model, data, tmp_path, "--resume", "--teacher-sharded"))
     assert done.returncode == 0 and "step-0000003" in done.stdout, done.stderr[-3000:]
     assert_same_training(checkpoint(tmp_path / "a"), checkpoint(alone), 0.1)
+
+
+def test_two_ranks_train_a_lora_as_one_does(adapted, model, data, tmp_path):
+    """Judged by the Bs: the gradient of an A is a product with its B, and of that AdamW's first steps know the signs alone."""
+    done = torchrun(2, *job(model, data, tmp_path, *LORA, "--iterations", "3"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    half_done(adapted.run, tmp_path / "one")
+    a, b = checkpoint(tmp_path / "a"), checkpoint(tmp_path / "one" / "a")
+    trained = (name for name, p in adapted.state.student.transformer.named_parameters() if p.requires_grad)
+    of_b = [k for k, name in enumerate(trained) if ".lora_B." in name]
+    gradients = [f"student_opt.state.lora.{k}.exp_avg" for k in of_b]
+    assert a.keys() == b.keys() and len(of_b) > 50 and all(b[k].any() for k in gradients)
+    assert max(far(a[k], b[k]) for k in gradients) < 0.1
+    one, two = (torch.cat([c[f"student.lora.{k}"].flatten() for k in of_b]) for c in (a, b))
+    assert far(one, two) < 0.2
 
 
 DRIVER = """

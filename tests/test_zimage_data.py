@@ -389,6 +389,33 @@ def test_damaged_models_are_refused(place, tmp_path, capsys):
         assert "no flow-matching Euler of fixed shift" in broken(name, other)
 
 
+def test_the_fingerprint_is_of_what_decides_the_latents(place, tmp_path):
+    """Another transformer, text encoder or tokenizer is another model; another VAE, scheduler or README is not."""
+    known = adapter.model_fingerprint(place.model)
+
+    def after(damage):
+        folder = Path(shutil.copytree(place.model, tmp_path / "m", dirs_exist_ok=True))
+        damage(folder)
+        return adapter.model_fingerprint(folder)
+    def flipped(path, at):
+        path.write_bytes((raw := bytearray(path.read_bytes()))[:at] + bytes([raw[at] ^ 1]) + raw[at + 1:])
+    assert after(lambda m: [(m / "README.md").write_text("x"), (m / "transformer" / ".cache").mkdir(), (m / "vae" / "config.json").unlink(),
+                            rewrite(m / "scheduler" / "scheduler_config.json", shift=3.0)]) == known
+    seen = {known}
+    for part in ("transformer", "text_encoder"):
+        path = next((place.model / part).glob("*.safetensors"))
+        for at in (0, 60_000, path.stat().st_size - 1):
+            seen.add(after(lambda m: flipped(m / part / path.name, at)))
+            shutil.rmtree(tmp_path / "m")
+        seen.add(after(lambda m: rewrite(m / part / "config.json", extra=1)))
+        shutil.rmtree(tmp_path / "m")
+    name = next(p.name for p in (place.model / "tokenizer").iterdir() if "<|im_start|>" in p.read_text())      # the chat template
+    seen.add(after(lambda m: (m / "tokenizer" / name).write_text((place.model / "tokenizer" / name).read_text() + " ")))
+    assert len(seen) == 10
+    with pytest.raises(ladd.UserError, match="tokenizer/ is missing or empty; download the model again"):
+        after(lambda m: shutil.rmtree(m / "tokenizer"))
+
+
 def test_a_turbo_model_is_warned_of(place, tmp_path, capsys):
     model = Path(shutil.copytree(place.model, tmp_path / "turbo"))
     rewrite(model / "scheduler" / "scheduler_config.json", shift=3.0)

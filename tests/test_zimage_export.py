@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +10,6 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import ZImagePipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -282,6 +280,7 @@ SAMPLING_ERRORS = [
     (evaluate, ["--clip", "one.txt"], ("--clip one.txt", "leave it out"))])
 def test_sampling_refuses_bad_options(module, argv, words, place, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)       # it would try for half a minute
     (tmp_path / "one.txt").write_text("a prompt\n")
     argv = argv if "--prompts" in argv or "--prompt" in argv else [*argv, "--prompts", place.prompts]
     before = files(place.run)
@@ -305,6 +304,25 @@ def test_inception_is_asked_for_before_the_images(place, tmp_path, capsys, monke
 
 
 # ---- sampling --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("made, given, guidance, steps", [
+    ({"latents.guidance": 3.5, "latents.steps": 28}, [], 3.5, 28), ({}, [], 5.0, 50),
+    ({"latents.guidance": 3.5, "latents.steps": 28}, ["--guidance", "2", "--teacher-steps", "9"], 2.0, 9)])
+def test_the_teacher_is_sampled_as_the_runs_latents_were(place, tmp_path, made, given, guidance, steps):
+    run = sampling.open_run(make_run(tmp_path / "r", place.base, student=place.run / "student", data=made))
+    parser = sampling.parser_for("sample", "")
+    sampling.add_sampling_arguments(parser)
+    options = parser.parse_args([str(run.folder), "--device", "cpu", *given])
+    sampling.check_sampling(options, run)
+    assert (options.guidance, options.teacher_steps) == (guidance, steps)
+
+
+def test_a_scheduler_whose_times_are_others_is_refused(place, tmp_path, capsys):
+    base = Path(shutil.copytree(place.base, tmp_path / "base"))
+    damage(base / "scheduler" / "scheduler_config.json", lambda c: c.update(use_dynamic_shifting=True))
+    refused(sample, [place.run, "--model", base, "--prompts", place.prompts, "--out", tmp_path / "x.png", *SMALL],
+            ("its scheduler is no flow-matching Euler of fixed shift", "scheduler_config.json"), tmp_path, capsys)
+
 
 @pytest.mark.parametrize("w", [1.0, 1.5, 5.0])
 def test_the_teacher_is_sampled_as_its_pipeline_does(place, w):
@@ -555,6 +573,9 @@ def test_images_of_other_settings_are_never_mixed_in(place, judged, tmp_path, ca
     refused(evaluate, [*argv, "--guidance", "3"], ("teacher@2", "guidance = 3.0 (was 5.0)", "give another --out"), **again)
     refused(evaluate, [*argv, "--resolution", "48"], ("resolution = 48 (was 32)",), **again)
     refused(evaluate, [*argv, "--dtype", "bfloat16"], ("dtype = bfloat16 (was float32)",), **again)
+    vae = next((Path(shutil.copytree(place.base, tmp_path / "base")) / "vae").glob("*.safetensors"))
+    vae.write_bytes((raw := vae.read_bytes())[:-1] + bytes([raw[-1] ^ 1]))
+    refused(evaluate, [*argv, "--model", tmp_path / "base"], ("teacher@2", "vae = "), **again)
     (tmp_path / "other.txt").write_text("\n".join(PROMPTS[:2]))
     refused(evaluate, [*argv, "--prompts", tmp_path / "other.txt"], ("prompts = 2, sha256",), **again)
     damage(run / "config.json", lambda c: c["recipe"].update(sampler="renoise"))

@@ -20,6 +20,7 @@ BASE = "Tongyi-MAI/Z-Image"
 CHANNELS = 16           # of a latent
 PIXELS = 8              # of the image per latent pixel, each way
 MAX_TOKENS = 512        # of a prompt, as the pipeline's default
+DECIDING = ("transformer", "text_encoder", "tokenizer")     # the parts of a model that decide its latents, besides the scheduler's shift
 
 
 class Prompts:
@@ -97,27 +98,54 @@ def model_folder(model):
     return folder
 
 
-def model_fingerprint(folder):
-    """A digest of the transformer's files: names, sizes, and 64 KiB of either end of each (24 GB are not read through)."""
-    digest, files = hashlib.sha256(), sorted((Path(folder) / "transformer").glob("*.safetensors"))
-    if not files:
-        raise UserError(f"--model {folder}: transformer/ holds no safetensors")
-    for path in files:
-        with open(path, "rb") as f:
-            digest.update(f"{path.name} {path.stat().st_size} ".encode() + f.read(1 << 16))
-            f.seek(max(0, path.stat().st_size - (1 << 16)))
-            digest.update(f.read())
+def model_fingerprint(folder, parts=DECIDING):
+    """A digest of some parts' files, by default of those that decide the teacher's samples: names, sizes, and 64 KiB of either end of each
+    (32 GB are not read through)."""
+    digest = hashlib.sha256()
+    for part in parts:
+        files = sorted(p for p in (Path(folder) / part).glob("[!.]*") if p.is_file())
+        if not files:
+            raise UserError(f"--model {folder}: {part}/ is missing or empty; download the model again, or name another")
+        for path in files:
+            size = path.stat().st_size
+            with open(path, "rb") as f:
+                digest.update(f"{part}/{path.name} {size} ".encode() + f.read(1 << 16))
+                f.seek(max(0, size - (1 << 16)))
+                digest.update(f.read())
     return digest.hexdigest()
 
 
-def turbo_warning(folder):
-    """A warning where the model looks like Z-Image-Turbo, which is a few-step student already; None otherwise."""
+def header(path):
+    """What a safetensors file says of itself: ({tensor: its dtype, shape and place}, the bytes that the file must have)."""
+    with open(path, "rb") as f:
+        n = int.from_bytes(f.read(8), "little")
+        if n > path.stat().st_size:
+            raise ValueError("cut off in its header")
+        tensors = json.loads(f.read(n))
+    tensors.pop("__metadata__", None)
+    return tensors, 8 + n + max(entry["data_offsets"][1] for entry in tensors.values())
+
+
+def tensors_of(path):
+    """`header`'s tensors of one of the model's files; UserError where it is damaged or cut off."""
+    try:
+        tensors, size = header(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged or cut off ({reason(error)}); download the model again") from error
+    if path.stat().st_size != size:
+        raise UserError(f"{path}: damaged or cut off ({path.stat().st_size} bytes, not {size}); download the model again")
+    return tensors
+
+
+def turbo_warning(model, folder):
+    """A warning where the model, by its name or the files in its folder, looks like Z-Image-Turbo, which is a few-step student already;
+    None otherwise."""
     try:
         shift = json.loads((Path(folder) / "scheduler" / "scheduler_config.json").read_text()).get("shift")
     except (OSError, ValueError, AttributeError):
         shift = None
-    if shift == 3.0 or "turbo" in Path(folder).name.lower():
-        return (f"WARNING: {folder} looks like Z-Image-Turbo (scheduler shift {shift}), which is distilled already; "
+    if shift == 3.0 or "turbo" in Path(model).name.lower():
+        return (f"WARNING: {model} looks like Z-Image-Turbo (scheduler shift {shift}), which is distilled already; "
                 f"the teacher should be the base model, {BASE}")
     return None
 
@@ -180,6 +208,21 @@ def decode(vae, latents, batch=4):
 def teacher_times(steps, shift):
     """The pipeline's times for so many steps: linspace(1, 1/N, N) under the scheduler's shift, s t / (1 + (s - 1) t)."""
     return [shift * t / (1 + (shift - 1) * t) for t in torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()]
+
+
+def scheduler_shift(folder, steps):
+    """The shift of the model's scheduler; UserError where its times are not those of `teacher_times`."""
+    scheduler = load_pipeline(folder, torch.float32, "cpu", transformer=None, text_encoder=None, tokenizer=None, vae=None).scheduler
+    shift = scheduler.config.get("shift")
+    try:
+        scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
+        same = torch.allclose(scheduler.sigmas[:-1].double(), torch.tensor(teacher_times(steps, shift), dtype=torch.float64), atol=1e-5)
+    except (TypeError, ValueError):
+        same = False
+    if not same or scheduler.config.get("stochastic_sampling"):
+        raise UserError(f"--model {folder}: its scheduler is no flow-matching Euler of fixed shift ({type(scheduler).__name__}, shift {shift}); "
+                        f"restore scheduler/scheduler_config.json of {BASE}")
+    return float(shift)
 
 
 def noise_for(seed, index, h, w):

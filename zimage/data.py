@@ -128,17 +128,6 @@ def read_manifest(folder):
     return manifest
 
 
-def header(path):
-    """What a safetensors file says of itself: ({tensor: its dtype, shape and place}, the bytes that the file must have)."""
-    with open(path, "rb") as f:
-        n = int.from_bytes(f.read(8), "little")
-        if n > path.stat().st_size:
-            raise ValueError("cut off in its header")
-        tensors = json.loads(f.read(n))
-    tensors.pop("__metadata__", None)
-    return tensors, 8 + n + max(entry["data_offsets"][1] for entry in tensors.values())
-
-
 def look_at(folder, shard, made_of):
     """(what its .json says, its tensors by header) of a planned shard, or None where it is not there.
 
@@ -147,7 +136,7 @@ def look_at(folder, shard, made_of):
     path = Path(folder) / shard["name"]
     try:
         about = json.loads(path.with_suffix(".json").read_text())
-        tensors, size = header(path)
+        tensors, size = adapter.header(path)
     except FileNotFoundError:
         return None                     # weights are renamed into place before their .json is: either alone is no shard
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -215,7 +204,7 @@ class Latents:
         """UserError where the data was not made by the model of this `adapter.model_fingerprint`."""
         if self.about["fingerprint"] != fingerprint:
             raise UserError(f"{self.folder}: made by another model ({self.about['model']}, {self.about['fingerprint'][:12]}; this one is "
-                            f"{fingerprint[:12]}); train that one, or precompute again with this one")
+                            f"{fingerprint[:12]}: other files in {', '.join(adapter.DECIDING)}); train that one, or precompute again with this one")
 
     def get(self, indices):
         """Samples by index, all of one size: x0 [n, 16, h, w], Prompts, and the noise [n, 16, h, w] each was made from.

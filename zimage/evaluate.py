@@ -48,9 +48,9 @@ def png(out, way, seed, index):
 def manifest(run, way, options, prompts):
     """What decides the images of a way: {field: value}. Seeds are folders of their own; batch and processes decide nothing."""
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-    return {"model": adapter.model_fingerprint(run.base), "student": options.student if way.weights == "student" else None,
-            "prompts": f"{len(prompts)}, sha256 {digest}", "resolution": options.resolution, "times": list(way.times),
-            "sampler": way.sampler, "guidance": way.guidance, "dtype": options.dtype}
+    return {"model": adapter.model_fingerprint(run.base), "vae": adapter.model_fingerprint(run.base, ["vae"]),
+            "student": options.student if way.weights == "student" else None, "prompts": f"{len(prompts)}, sha256 {digest}",
+            "resolution": options.resolution, "times": list(way.times), "sampler": way.sampler, "guidance": way.guidance, "dtype": options.dtype}
 
 
 def claim(out, manifests):

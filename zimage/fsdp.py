@@ -14,6 +14,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import ladd
 from ladd import UserError
+from zimage import lora
+from zimage.adapter import reason, tensors_of
 
 
 def start_alone(device):
@@ -28,19 +30,39 @@ def config_of(folder):
     try:
         return ZImageTransformer2DModel.load_config(folder, subfolder="transformer")
     except (OSError, ValueError) as error:
-        raise UserError(f"--model {folder}: transformer/config.json can't be read ({str(error).strip().splitlines()[0]})") from error
+        raise UserError(f"--model {folder}: transformer/config.json can't be read ({reason(error)}); restore it") from error
+
+
+def skeleton(folder):
+    """The model folder's transformer without memory for its weights. UserError where its configuration makes none."""
+    from diffusers import ZImageTransformer2DModel
+    config = config_of(folder)
+    try:
+        with torch.device("meta"):
+            return ZImageTransformer2DModel.from_config(config)
+    except Exception as error:          # by what is wrong in it
+        raise UserError(f"--model {folder}: transformer/config.json makes no transformer ({reason(error)}); restore it") from error
+
+
+def check_files(folder, model):
+    """UserError where the files of the transformer's weights, by their headers, are damaged or hold other weights than `skeleton`'s."""
+    have = {k: tensor["shape"] for path in weight_files(folder) for k, tensor in tensors_of(path).items()}
+    want = {k: list(p.shape) for k, p in model.state_dict().items()}
+    if wrong := sorted(ladd.drift(want, have)):
+        raise UserError(f"--model {folder}: {len(wrong)} weights do not fit its transformer/config.json, {wrong[0]} first; download it again")
+
+
+def weight_files(folder):
+    files = sorted((Path(folder) / "transformer").glob("*.safetensors"))
+    if not files:
+        raise UserError(f"--model {folder}: transformer/ holds no safetensors; download the model again, or name another")
+    return files
 
 
 def read_weights(folder):
-    """All tensors of transformer/*.safetensors, on the CPU. UserError where a file is damaged."""
+    """All weights of the transformer, on the CPU."""
     from safetensors.torch import load_file
-    tensors = {}
-    for path in sorted((Path(folder) / "transformer").glob("*.safetensors")):
-        try:
-            tensors |= load_file(path)
-        except Exception as error:                      # safetensors has an exception class of its own
-            raise UserError(f"{path}: damaged or cut off ({error}); download the model again") from error
-    return tensors
+    return {k: v for path in weight_files(folder) for k, v in load_file(path).items()}
 
 
 def build(folder, dtype, device, sharded, compute_dtype, frozen):
@@ -49,16 +71,8 @@ def build(folder, dtype, device, sharded, compute_dtype, frozen):
     compute_dtype: what a sharded one computes in (gradients are reduced in float32). frozen: no gradients for its weights; its root
     then stays gathered, since FSDP cannot gather it again for a backward pass that begins at a tap.
     """
-    from diffusers import ZImageTransformer2DModel
-    with torch.device("meta"):
-        model = torch.nn.Module.to(ZImageTransformer2DModel.from_config(config_of(folder)), dtype)      # diffusers' own `to` warns in vain
-    model.requires_grad_(not frozen)
+    model = torch.nn.Module.to(skeleton(folder), dtype).requires_grad_(not frozen)      # diffusers' own `to` warns in vain
     weights = {k: v.to(dtype) for k, v in read_weights(folder).items()} if ladd.rank() == 0 else {}
-    want = model.state_dict()
-    wrong = ladd.from_first(lambda: sorted(k for k, p in want.items() if k not in weights or weights[k].shape != p.shape)
-                            + sorted(weights.keys() - want.keys()))
-    if wrong:
-        raise UserError(f"--model {folder}: {len(wrong)} weights do not fit its transformer/config.json, {wrong[0]} first")
     if sharded:
         mesh = init_device_mesh(device.type, (ladd.ranks(),))
         policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)   # t stays float32
@@ -78,14 +92,15 @@ def build(folder, dtype, device, sharded, compute_dtype, frozen):
 
 
 def save_whole(transformer, folder, dtype):
-    """The gathered weights in dtype as `save_pretrained` writes them, into folder: written beside and renamed, by rank 0."""
+    """The gathered weights in dtype, LoRA merged, as `save_pretrained` writes them, into a folder beside `folder`, by rank 0; returns
+    that, to be renamed."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(transformer, options=options)        # on every rank: it exchanges
 
     def save():
         with torch.device("meta"):
             whole = type(transformer).from_config(transformer.config)
-        whole.load_state_dict({k: v.to(dtype) for k, v in weights.items()}, assign=True)
+        whole.load_state_dict({k: v.to(dtype) for k, v in lora.merge(weights).items()}, assign=True)
         part = Path(folder).with_name(Path(folder).name + ".part")
         shutil.rmtree(part, ignore_errors=True)
         whole.save_pretrained(part)

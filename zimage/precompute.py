@@ -24,7 +24,7 @@ from tqdm import tqdm
 import ladd
 from ladd import UserError
 from zimage import adapter, data
-from zimage.sampling import at_least, clock
+from zimage.sampling import at_least, clock, command
 
 WAIT = 1800         # seconds that a rank waits for the first one's manifest, which loads the model before it
 
@@ -95,20 +95,6 @@ def token_counts(tokenizer, prompts):
     texts = [tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True, enable_thinking=True)
              for p in prompts]
     return [len(ids) for ids in tokenizer(texts).input_ids]
-
-
-def scheduler_shift(scheduler, steps):
-    """The shift of the model's scheduler; UserError where its times are not those of `adapter.teacher_times`."""
-    shift = scheduler.config.get("shift")
-    try:
-        scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
-        same = torch.allclose(scheduler.sigmas[:-1].double(), torch.tensor(adapter.teacher_times(steps, shift), dtype=torch.float64), atol=1e-5)
-    except (TypeError, ValueError):
-        same = False
-    if not same or scheduler.config.get("stochastic_sampling"):
-        raise UserError(f"--model: its scheduler is no flow-matching Euler of fixed shift ({type(scheduler).__name__}, shift {shift}); "
-                        f"restore scheduler/scheduler_config.json of {adapter.BASE}")
-    return float(shift)
 
 
 def transformer_config(folder):
@@ -269,15 +255,6 @@ def seconds_per_sample(teacher, shards, prompts, tokens, seed):
     return seconds
 
 
-def quiet():
-    """No progress bars and load reports of each part of a model, by each rank: what is wrong is said in one line."""
-    import diffusers
-    import transformers
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
-        library.utils.logging.set_verbosity_error()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 # ---------------------------------------------------------------------------------------------------------------------
@@ -295,10 +272,9 @@ def run_command(argv):
         if max(height, width) > largest:
             raise UserError(f"--resolution {width}x{height}: this model takes sides of at most {largest} pixels")
 
-    quiet()
-    dtype, prompts = getattr(torch, args.dtype), [prompt for _, prompt in numbered]
-    parts = adapter.load_pipeline(folder, dtype, "cpu", transformer=None, text_encoder=None, vae=None)      # tokenizer and scheduler alone
-    tokens, shift = token_counts(parts.tokenizer, prompts), scheduler_shift(parts.scheduler, args.steps)
+    dtype, prompts, shift = getattr(torch, args.dtype), [prompt for _, prompt in numbered], adapter.scheduler_shift(folder, args.steps)
+    tokenizer = adapter.load_pipeline(folder, dtype, "cpu", transformer=None, text_encoder=None, vae=None, scheduler=None).tokenizer
+    tokens = token_counts(tokenizer, prompts)
     for (line, _), n in zip(numbered, tokens):
         if n > adapter.MAX_TOKENS:
             raise UserError(f"--prompts {args.prompts}, line {line}: {n} tokens with the chat template, but the model reads "
@@ -320,16 +296,15 @@ def run_command(argv):
             slowest = max(sum(len(s["indices"]) * seconds[s["height"], s["width"]] for s in shards[r::ranks]) for r in range(ranks))
             each = ", ".join(f"{w}x{h} {s:.3g} s" for (h, w), s in seconds.items())
             print(f"plan: {each} a sample here; all of it {slowest / 3600:.3g} hours on {ranks} like this, and {size:.3g} GB; nothing was written")
-        return 0
+        return
     manifest = {"schema": ladd.SCHEMA, "kind": data.KIND, "command": "python -m zimage.precompute " + shlex.join(argv), "made_of": made_of,
                 "shards": shards}
     make(Path(args.out), manifest, prompts, load, rank, ranks)
-    return 0
 
 
 def say_what_it_costs(folder, made_of, shards, ranks, size, device):
     count, passes = made_of["count"], made_of["count"] * made_of["steps"] * (1 if made_of["guidance"] == 1 else 2)
-    if warning := adapter.turbo_warning(folder):
+    if warning := adapter.turbo_warning(made_of["model"], folder):
         print(warning)
     print(f"{count:,} samples of {', '.join(dict.fromkeys(made_of['resolution']))} in {len(shards):,} shards: {passes:,} passes of the teacher "
           f"by a sample, {size:.3g} GB on disk; {ranks} rank{'s' * (ranks > 1)} on {device.type}")
@@ -372,13 +347,7 @@ def make_shards(teacher, out, todo, total, prompts, made_of, rank):
 
 def main(argv=None):
     """The command line; returns the exit code. Bad input is one line on stderr and 2."""
-    try:
-        return run_command(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        print(f"zimage.precompute: {error}", file=sys.stderr)
-    except torch.OutOfMemoryError as error:
-        print(f"zimage.precompute: out of memory ({str(error).splitlines()[0]}); give a smaller --batch", file=sys.stderr)
-    return 2
+    return command("precompute", run_command, argv)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def open_run(folder, model=None):
     run = Run(folder, config, str(model), adapter.model_folder(model), about)
     teacher = (config.get("data") or {}).get("teacher")
     if teacher and teacher != adapter.model_fingerprint(run.base):
-        raise UserError(f"--model {model}: not the model that {folder} was made with, its transformer's files differ; give that one")
+        raise UserError(f"--model {model}: not the model that {folder} was made with, other files in {', '.join(adapter.DECIDING)}; give that one")
     check_shape(run)
     return run
 
@@ -133,19 +133,10 @@ class Way:
 def compared(run, steps, teacher_steps, guidance, untrained_steps):
     """The teacher as its pipeline samples it, the student, and the untrained student: the base model sampled as the student is."""
     student = lambda n: (tuple(ladd.step_times(run.times, n)), run.sampler)
-    teacher = tuple(adapter.teacher_times(teacher_steps, base_shift(run.base)))
+    teacher = tuple(adapter.teacher_times(teacher_steps, adapter.scheduler_shift(run.base, teacher_steps)))
     return [Way(f"teacher@{teacher_steps}", "base", teacher, "euler", guidance),
             *(Way(f"student@{n}", "student", *student(n)) for n in steps),
             *(Way(f"untrained@{n}", "base", *student(n)) for n in untrained_steps)]
-
-
-def base_shift(base):
-    """The fixed shift of the base model's scheduler; UserError where its shift depends on the image's size."""
-    path = Path(base) / "scheduler" / "scheduler_config.json"
-    config = read_json(path, "restore the file")
-    if config.get("use_dynamic_shifting"):
-        raise UserError(f"{path}: use_dynamic_shifting = true, which no Z-Image has; set it to false")
-    return float(config.get("shift", 1.0))
 
 
 @torch.no_grad()
@@ -233,16 +224,20 @@ def to_bytes(images):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def command(name, job, argv):
-    """job(argv) as a command: its exit code. Bad input is one line on stderr and 2."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-    diffusers_logging.disable_progress_bar(), transformers_logging.disable_progress_bar()       # ours say more
+    """job(argv) as a command: its exit code. Bad input, or too little memory, is one line on stderr and 2."""
+    import diffusers
+    import transformers
+    for library in (diffusers, transformers):           # no progress bars and load reports of each part of a model, by each rank
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
     try:
-        job(argv)
+        job(sys.argv[1:] if argv is None else argv)
         return 0
     except UserError as error:
         print(f"zimage.{name}: {error}", file=sys.stderr)
-        return 2
+    except torch.OutOfMemoryError as error:
+        print(f"zimage.{name}: out of memory ({adapter.reason(error)}); give a smaller --batch", file=sys.stderr)
+    return 2
 
 
 def parser_for(name, doc):
@@ -258,9 +253,9 @@ def parser_for(name, doc):
 
 def add_sampling_arguments(parser):
     parser.add_argument("--steps", help="step counts of the student (default 4,2,1, as far as it knows them)")
-    parser.add_argument("--teacher-steps", default=50, type=int, metavar="N", help="steps of the teacher (default %(default)s)")
-    parser.add_argument("--guidance", default=5.0, type=float, metavar="W",
-                        help="guidance of the teacher, neg + W (pos - neg): the pipeline's guidance_scale + 1 (default %(default)s)")
+    parser.add_argument("--teacher-steps", type=int, metavar="N", help="steps of the teacher (default: those of the run's latents)")
+    parser.add_argument("--guidance", type=float, metavar="W",
+                        help="guidance of the teacher, neg + W (pos - neg): the pipeline's guidance_scale + 1 (default: that of the run's latents)")
     parser.add_argument("--resolution", default=512, type=int, metavar="PX",
                         help="side of the images, a multiple of 16 (default %(default)s)")
     parser.add_argument("--batch", default=4, type=int, metavar="N",
@@ -269,7 +264,12 @@ def add_sampling_arguments(parser):
 
 
 def check_sampling(options, run):
-    """Put the step counts in as numbers and the device in; UserError names what is out of range."""
+    """Put the step counts in as numbers, the teacher's settings and the device in; UserError names what is out of range."""
+    made = run.config.get("data") or {}
+    if options.teacher_steps is None:
+        options.teacher_steps = made.get("latents.steps", 50)
+    if options.guidance is None:
+        options.guidance = made.get("latents.guidance", 5.0)
     options.steps = integers("--steps", options.steps, 1) if options.steps else [n for n in (4, 2, 1) if n <= len(run.times)]
     for n in options.steps:
         ladd.step_times(run.times, n)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import ladd
 from ladd import note, say
-from zimage import fsdp
+from zimage import fsdp, lora
 from zimage.adapter import (BASE, ZImageVelocity, decode, image_tokens, load_vae, model_fingerprint, model_folder, turbo_warning)
 from zimage.data import Latents
 
@@ -20,9 +20,10 @@ GRID = 4                    # prompts of the grids
 
 @dataclasses.dataclass(frozen=True)
 class ZImageRecipe(ladd.Recipe):
-    """The core's recipe, and which text vector the heads are told."""
+    """The core's recipe, what the student trains, and which text vector the heads are told."""
 
     text_vector: str = note("qwen", "what the heads are told of the prompt: Qwen's features, averaged, or CLIP's text vector", choices=("qwen", "clip"))
+    lora_rank: int = note(0, "rank of a LoRA on the teacher's own weights, for one GPU (0 = the student trains all of its weights)", 0, 1024)
 
 
 # Put together from published reports and untested at scale: learning rates, three updates of the heads for one of the student, the tapped
@@ -30,7 +31,8 @@ class ZImageRecipe(ladd.Recipe):
 ZIMAGE = ZImageRecipe(iterations=20_000, batch=32, student_lr=5e-6, head_lr=1e-5, lr_decay="none", gen_every=3, renoise_mean=0.5,
                       taps=("5", "10", "15", "20", "25", "29"), head_width=256)
 ZIMAGE_CLIP = dataclasses.replace(ZIMAGE, text_vector="clip", renoise_mean=1.0)
-RECIPES = {"zimage": ZIMAGE, "zimage-clip": ZIMAGE_CLIP}
+ZIMAGE_LORA = dataclasses.replace(ZIMAGE, lora_rank=64, student_lr=5e-5, head_lr=1e-4)      # ten times the learning rates: a guess
+RECIPES = {"zimage": ZIMAGE, "zimage-clip": ZIMAGE_CLIP, "zimage-lora": ZIMAGE_LORA}
 REFERENCE = ZIMAGE
 
 
@@ -51,19 +53,24 @@ class ZImageWorld(ladd.World):
     early_exit = False      # the teacher is cut off after its last tap instead, which sharding and checkpointing bear
 
     def __init__(self, recipe, options, device):
+        if options.sample:
+            raise ladd.UserError(f"--sample: for Z-Image it is python -m zimage.sample {Path(options.out) / options.name} --steps {options.steps}")
+        if recipe.lora_rank and options.teacher_sharded:
+            raise ladd.UserError("--teacher-sharded: a LoRA student uses the teacher's own weights, whole on each GPU; leave it out")
         if not options.data:
             raise ladd.UserError("--data: name the folder of the teacher's latents; make one by python -m zimage.precompute "
                                  f"--model {options.model} --prompts zimage/prompts/train.txt --out DIR")
         self.recipe, self.options, self.device = recipe, options, device
+        self.data = Latents(options.data, vector=recipe.text_vector)        # before the model, which may have to be downloaded
         self.folder = model_folder(options.model)
-        if warning := turbo_warning(self.folder):
+        if warning := turbo_warning(options.model, self.folder):
             say(warning)
-        self.data = Latents(options.data, vector=recipe.text_vector)
+        skeleton = fsdp.skeleton(self.folder)
+        fsdp.check_files(self.folder, skeleton)
         self.fingerprint_of_model = model_fingerprint(self.folder)
         self.data.check_model(self.fingerprint_of_model)
-        self.model_config = fsdp.config_of(self.folder)
-        layers = self.model_config["n_layers"]
-        unknown = [name for name in recipe.taps if not (name.isdecimal() and int(name) < layers)]
+        layers = len(skeleton.layers)
+        unknown = [name for name in recipe.taps if name not in map(str, range(layers))]
         if unknown or not recipe.taps:
             raise ladd.UserError(f"taps = {list(recipe.taps)}: {unknown[0] if unknown else 'none given'} is no layer of this "
                                  f"transformer; give some of 0 .. {layers - 1}")
@@ -71,20 +78,26 @@ class ZImageWorld(ladd.World):
         self.dtype = getattr(torch, kind)
         self.cond_dim, self.ema_device = self.data.vector_dim, torch.device("cpu") if options.ema_on_host else None
         self.config = {"model": options.model, "dtype": kind}
-        self.check_memory()
+        self.check_memory(skeleton)
+        self.vae = load_vae(self.folder, self.dtype, device) if ladd.rank() == 0 else None      # it draws the pictures
         fsdp.start_alone(device)
         teacher = fsdp.build(self.folder, self.dtype, device, options.teacher_sharded, self.dtype, frozen=True)
-        self.teacher, self.tap_root, self.vae = ZImageVelocity(teacher, self.dtype), teacher.layers, None
+        self.teacher, self.tap_root = ZImageVelocity(teacher, self.dtype), teacher.layers
         self.set_checkpointing(teacher)
 
     # ---- what the method asks for ------------------------------------------------------------------------------------
 
     def make_student(self):
-        """float32 weights, sharded over the ranks. From here on the teacher is only tapped: its layers after the last tap go."""
-        del self.teacher.transformer.layers[max(map(int, self.recipe.taps)) + 1:]
-        student = fsdp.build(self.folder, torch.float32, self.device, True, self.dtype, frozen=False)
-        self.set_checkpointing(student)
-        return ZImageVelocity(student, self.dtype)
+        """float32 weights, sharded over the ranks, or a float32 LoRA on the teacher's. From here on the teacher is only tapped: its layers
+        after the last tap go."""
+        teacher = self.teacher.transformer
+        if self.recipe.lora_rank:
+            student = lora.LoraVelocity(lora.attach(teacher, self.recipe.lora_rank), self.dtype)
+        else:
+            student = ZImageVelocity(fsdp.build(self.folder, torch.float32, self.device, True, self.dtype, frozen=False), self.dtype)
+        self.set_checkpointing(student.transformer)
+        del teacher.layers[max(map(int, self.recipe.taps)) + 1:]
+        return student
 
     def set_checkpointing(self, transformer):
         if not self.options.no_checkpointing:
@@ -92,11 +105,14 @@ class ZImageWorld(ladd.World):
 
     def compile(self, student):
         """Block by block, after one pass that fills the cache of positions."""
+        torch._dynamo.config.recompile_limit = 64       # student or teacher, with gradient or without, refined or not, by size: each is a graph
         x0, cond, _ = self.read(0, 2)
         for velocity in (student, self.teacher):
             with torch.no_grad():
                 velocity(x0.to(self.device), torch.full((len(x0),), 0.5, device=self.device), cond.to(self.device))
-            velocity.transformer.compile_repeated_blocks(fullgraph=True)
+            net = velocity.transformer
+            for block in (*net.noise_refiner, *net.context_refiner, *net.layers):
+                block.forward = torch.compile(block.forward, fullgraph=True)        # FSDP's and our hooks stay outside
 
     def tap_map(self, name, output, x_t):
         return image_tokens(output, x_t).float()
@@ -109,29 +125,28 @@ class ZImageWorld(ladd.World):
         return self.data.read(start, count, self.recipe.batch, self.recipe.seed)
 
     def fingerprint(self):
-        return {"teacher": self.fingerprint_of_model, "latents": self.data.about}
+        return {"teacher": self.fingerprint_of_model, **{f"latents.{k}": v for k, v in self.data.about.items()}}
 
     # ---- what it needs of the machine --------------------------------------------------------------------------------
 
-    def parameters(self):
-        """Of the transformer, counted without making it."""
-        from diffusers import ZImageTransformer2DModel
-        with torch.device("meta"):
-            return sum(p.numel() for p in ZImageTransformer2DModel.from_config(self.model_config).parameters())
-
-    def check_memory(self):
-        """Say what the run needs; UserError where weights, gradients and optimizer alone exceed the GPU, or a checkpoint the disk."""
-        n, ranks = self.parameters(), ladd.ranks()
-        need = n * (16 if self.options.ema_on_host else 20) / ranks + n * self.dtype.itemsize / (ranks if self.options.teacher_sharded else 1)
-        disk = n * (12 + 4)
-        say(f"{n / 1e9:.2f}B parameters on {ranks} ranks: {need / 1e9:.1f} GB each before activations, {disk / 1e9:.1f} GB for a checkpoint")
+    def check_memory(self, skeleton):
+        """Say what the run needs; UserError where weights, gradients and optimizer alone exceed the GPU, or a checkpoint and the student the
+        disk. Per trained weight 4 bytes each for itself, its gradient, AdamW's two moments and its average."""
+        n, ranks, rank = sum(p.numel() for p in skeleton.parameters()), ladd.ranks(), self.recipe.lora_rank
+        trained = lora.size(skeleton, rank) if rank else n
+        need = (trained * (16 if self.options.ema_on_host else 20) / (1 if rank else ranks)
+                + n * self.dtype.itemsize / (ranks if self.options.teacher_sharded else 1))
+        disk = trained * 16 + n * self.dtype.itemsize
+        say(f"{n / 1e9:.2f}B parameters, {trained / 1e9:.2f}B of them trained, on {ranks} ranks: {need / 1e9:.1f} GB each before activations; "
+            f"{disk / 1e9:.1f} GB of disk for a checkpoint and the finished student")
         if self.device.type == "cuda" and need > (have := torch.cuda.get_device_properties(self.device).total_memory):
             raise ladd.UserError(f"--zimage: {need / 1e9:.1f} GB are needed on each GPU before activations, and it has {have / 1e9:.1f}: use "
-                                 f"more GPUs, --teacher-sharded or --ema-on-host")
+                                 f"more GPUs, --teacher-sharded, --ema-on-host or --recipe zimage-lora")
         folder = Path(self.options.out)
         free = shutil.disk_usage(folder if folder.exists() else ".").free
         if disk > free:
-            raise ladd.UserError(f"--out {folder}: a checkpoint takes {disk / 1e9:.1f} GB and {free / 1e9:.1f} are free; name another folder")
+            raise ladd.UserError(f"--out {folder}: a checkpoint and the student take {disk / 1e9:.1f} GB and {free / 1e9:.1f} are free; name "
+                                 f"another folder")
 
     def prepare(self):
         say(f"{len(self.data)} of the teacher's latents; grids of the first {GRID} of a batch are drawn at every judged point")
@@ -153,8 +168,6 @@ class ZImageWorld(ladd.World):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from torchvision.utils import make_grid
-        if self.vae is None:
-            self.vae = load_vae(self.folder, self.dtype, self.device)
         fig = Figure(figsize=(10, 2.9 * len(rows)))
         FigureCanvasAgg(fig)
         for ax, (latents, title) in zip(fig.subplots(len(rows), 1, squeeze=False)[:, 0], rows):
@@ -167,13 +180,15 @@ class ZImageWorld(ladd.World):
     @torch.no_grad()
     def draw_start(self, path):
         """What one look would catch: the teacher's latents, x_t at every t, the untrained student's guesses, both sides noised again."""
-        x0, cond, _ = self.grid_samples()
-        n = len(x0)
+        x0, cond, noise = self.grid_samples()
+        n = min(len(x0), self.recipe.batch)
+        x0, cond, noise = x0[:n], cond[:n], noise[:n]
         d = {k: v[:n].to(self.device) for k, v in ladd.draw(self.recipe, 0, x0.shape[1:]).items()}
+        eps = torch.where(ladd.expand(d["paired"], noise), noise, d["eps"])
         rows = [(x0, "x0: the teacher's samples, the 'real' ones")]
         for time in self.recipe.times:
             t = torch.full((n,), time, device=self.device)
-            x_t = ladd.interpolate(x0, d["eps"], t)
+            x_t = ladd.interpolate(x0, eps, t)
             guess = ladd.velocity_to_x0(x_t, self.teacher(x_t, t, cond), t)
             rows += [(x_t, f"x_t at t = {time:g}: what the student is given"), (guess, f"the untrained student's guess from t = {time:g}")]
         rows += [(ladd.interpolate(x0, d["eps_real"], d["t_real"]), "real, noised again"),
@@ -203,9 +218,6 @@ class ZImageWorld(ladd.World):
         """Latents far flatter or wilder than the teacher's."""
         return [f"{k} {v:.2f} is outside 0.5 .. 2" for k, v in point.items() if k.startswith("variance@") and not 0.5 <= v <= 2]
 
-    def draw_sample(self, run, steps):
-        raise ladd.UserError(f"--sample: for Z-Image it is python -m zimage.sample {run} --steps {steps}")
-
     # ---- the end -----------------------------------------------------------------------------------------------------
 
     def finish(self, run, student, changed):
@@ -218,5 +230,7 @@ class ZImageWorld(ladd.World):
             ladd.write_json(part / "about.json", {"iteration": self.recipe.iterations, "weights": "average", "dtype": str(kind)[6:]})
             shutil.rmtree(run / "student", ignore_errors=True)
             os.replace(part, run / "student")
+            if self.recipe.lora_rank:
+                lora.save(student.transformer, run / "lora")
         ladd.from_first(complete)
         say(f"{run / 'student'} is done. Next: python -m zimage.evaluate {run}, or python -m zimage.export {run} --out DIR")
