@@ -975,7 +975,7 @@ def watch(state, world, recipe, run, options, done, log, device):
         if recipe.batch > 1:
             point["sample_diversity"] = sample_diversity(world, student, recipe, device)
         score = world.score(point)                      # on noise and references that no report uses
-        if score is not None and score < least:
+        if score is not None and score < least and rank() == 0:
             world.save_student(best, student, iteration=done, score=score)
     signs = world.signs(point)
     if point.get("sample_diversity", math.inf) < options.least_diversity:
