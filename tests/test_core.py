@@ -132,9 +132,11 @@ def test_draw_follows_the_probabilities():
             assert abs(share - p) <= 4 * math.sqrt(p * (1 - p) / len(t))        # exactly 0 where p is 0
 
 
+@pytest.mark.parametrize("gen_every", [1, 3])
 @pytest.mark.parametrize("warmup", [0, 1, 7])
-def test_draw_leaves_the_warmup_at_exactly_its_iteration(warmup):
-    r = tiny.recipe(batch=64, warmup=warmup, warmup_probs=(0, 0, 0, 1), time_probs=(1, 0, 0, 0))
+def test_draw_leaves_the_warmup_at_exactly_its_iteration(warmup, gen_every):
+    """It counts iterations, however few of them update the student."""
+    r = tiny.recipe(batch=64, warmup=warmup, gen_every=gen_every, warmup_probs=(0, 0, 0, 1), time_probs=(1, 0, 0, 0))
     seen = [set(ladd.draw(r, i, ())["t"].tolist()) for i in range(10)]
     assert seen == [{0.25}] * warmup + [{1.0}] * (10 - warmup)
 
@@ -907,10 +909,11 @@ def test_r1_is_taken_on_its_iterations_with_its_weight(world, plain):
     ("cosine", 100, {0: 0.1, 25: 0.5 + 0.5 * math.sqrt(0.5), 50: 0.5, 75: 0.5 - 0.5 * math.sqrt(0.5)}, {4: 0.5, 50: 1, 99: 1}),
 ])
 def test_learning_rate_table(decay, iterations, student, heads):
-    r = tiny.recipe(lr_warmup=10, lr_decay=decay, iterations=iterations)
-    for table, who in ((student, True), (heads, False)):
-        for i, want in table.items():
-            assert ladd.lr_scale(r, i, who) == pytest.approx(want, abs=1e-12)
+    for gen_every in (1, 3):                                # iterations count, not updates
+        r = tiny.recipe(lr_warmup=10, lr_decay=decay, iterations=iterations, gen_every=gen_every)
+        for table, who in ((student, True), (heads, False)):
+            for i, want in table.items():
+                assert ladd.lr_scale(r, i, who) == pytest.approx(want, abs=1e-12)
     assert ladd.lr_scale(tiny.recipe(lr_warmup=0, lr_decay="none"), 0, True) == 1
 
 
@@ -1094,10 +1097,10 @@ def test_an_added_loss_of_the_student_has_its_gradient(world):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("adv_warmup, i, factor", [(0, 1, 1), (4, 1, 0.5), (4, 2, 0.75), (4, 3, 1), (4, 9, 1)])
-def test_weight_of_the_adversarial_loss(world, plain, adv_warmup, i, factor):
+@pytest.mark.parametrize("gen_every, adv_warmup, i, factor", [(1, 0, 1, 1), (1, 4, 1, 0.5), (1, 4, 2, 0.75), (1, 4, 3, 1), (1, 4, 9, 1), (2, 8, 3, 0.5), (3, 6, 5, 1)])
+def test_weight_of_the_adversarial_loss(world, plain, gen_every, adv_warmup, i, factor):
     found = []
-    for r in (tiny.recipe(), tiny.recipe(adv_weight=3.0, adv_warmup=adv_warmup)):
+    for r in (tiny.recipe(gen_every=gen_every), tiny.recipe(adv_weight=3.0, adv_warmup=adv_warmup, gen_every=gen_every)):
         s = tiny.state(world, r)
         metrics = ladd.gradients(tiny.micro(world, r, i), s, world, r, ladd.Terms(), i, 1.0)
         found.append((torch.cat([g.flatten() for g in tiny.grads(s.student)]), float(metrics["student_loss"])))
