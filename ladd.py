@@ -530,6 +530,7 @@ class Terms:
     student_input: typing.Callable | None = None        # (Pass, student) -> x_t in place of the noised x0
     add_heads: tuple = ()                               # (Pass, State) -> scalar, added to the heads' loss
     add_student: tuple = ()                             # (Pass, State) -> scalar, added to the student's loss
+    before_student: typing.Callable | None = None       # (Pass, State), between the heads' gradient and the student's
 
 
 class Pass(types.SimpleNamespace):
@@ -580,7 +581,7 @@ def adamw(model, recipe):
 
 
 class EMA:
-    """Exponential moving average of a model's parameters, float32; half-life in samples, 0 = a plain copy of the last weights.
+    """Exponential moving average of a model's parameters, float32; half-life in samples, 0 = none is kept: the last weights serve.
 
     The half-life is at most `ramp` of the samples seen so far (EDM, arXiv 2206.00364), or a short run's average would
     be mostly its start. Each rank keeps the average of its own part of a sharded model, on `device` or beside the weights.
@@ -588,15 +589,13 @@ class EMA:
 
     def __init__(self, model, half_life, ramp, device=None):
         self.half_life, self.ramp = half_life, ramp
-        self.mean = [local(p).detach().to(device, copy=True) for p in model.parameters()]
+        self.mean = [local(p).detach().to(device, copy=True) for p in model.parameters()] if half_life else []
 
     @torch.no_grad()
     def update(self, model, seen, new):
         """After a step: `seen` samples in all, `new` of them since the last update."""
-        half_life = min(self.half_life, self.ramp * seen)
-        beta = 0.5 ** (new / half_life) if half_life > 0 else 0.0
         for mean, p in zip(self.mean, model.parameters()):
-            mean.lerp_(local(p).detach().to(mean.device), 1 - beta)
+            mean.lerp_(local(p).detach().to(mean.device), 1 - 0.5 ** (new / min(self.half_life, self.ramp * seen)))
 
     @torch.no_grad()
     def swap(self, model):
@@ -705,6 +704,8 @@ def gradients(p, state, world, recipe, terms, i, share):
     # The student's gradient: the heads again, as they stood when the iteration began and frozen, on the attached features.
     if student_turn:
         p.real_logits = [r.detach() for r in real]
+        if terms.before_student:
+            terms.before_student(p, state)
         with frozen(state.heads), autocast(device):
             fake = state.heads(p.fake_maps, p.t_hat, p.head_cond, p.t)
         adversarial = terms.student_loss(p.real_logits, fake)

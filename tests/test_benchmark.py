@@ -83,6 +83,8 @@ def test_the_reports_experiments_keep_what_it_states():
 def test_finished_runs_are_lines_and_are_not_run_again(bench, started, capsys):
     code, printed, lines = bench("--only", "baseline,hinge", "--seeds", "0,1")
     assert code == 0 and len(started) == 4 and "4 runs to do" in printed
+    looks = [json.loads(text) for text in (next(bench.out.glob("baseline-0-*")) / "metrics.jsonl").read_text().splitlines() if "collapsed" in text]
+    assert [look["iteration"] for look in looks] == [1, 2] and all("hue_entropy@4" in look and "fid@1" not in look for look in looks)
     assert [(l["setting"], l["seed"]) for l in lines] == [("baseline", 0), ("baseline", 1), ("hinge", 0), ("hinge", 1)]
     for line in lines:
         assert {f"{k}@{s}" for k in ("fid", "kid", "accuracy", "hue_entropy", "ms") for s in (4, 2, 1)} < set(line["figures"])
@@ -303,6 +305,30 @@ def test_adds_heads_see_clean_images_and_its_score_is_taken_at_every_time(weight
     term(p, None)
     (x, t), = asked
     assert t.min() < 0.1 and t.max() > 0.9 and torch.allclose(x, 1 + 2 * ladd.expand(t, x))     # (1 - t) 1 + t 3
+
+
+def test_with_heads_first_the_students_gradient_comes_from_the_stepped_heads(weights, tmp_path):
+    """One iteration by either order: the same step of the heads; the student's loss is that of the heads after it, not before."""
+    def iteration(name):
+        made = peers.WORLDS[SETTINGS[name].world](tiny_recipe(name), toy_options(weights, tmp_path), torch.device("cpu"))
+        made.prepare()
+        terms, seen, losses = made.terms(), [], []
+        state = ladd.State(made, made.recipe, made.device)
+        usual = terms.student_loss
+
+        def student_loss(real, fake):
+            seen.append([p.clone() for p in state.heads.parameters()])
+            losses.append([r.clone() for r in real])
+            return usual(real, fake)
+        metrics = ladd.step(state, made, made.recipe, dataclasses.replace(terms, student_loss=student_loss), 1, made.device)
+        return state, seen[0], losses[0], metrics
+    first, seen, real, metrics = iteration("heads-first")
+    usual, seen_before, real_before, metrics_before = iteration("baseline")
+    after = list(usual.heads.parameters())
+    assert all(map(torch.equal, first.heads.parameters(), after)) and all(map(torch.equal, seen, after))       # stepped once, before the student's loss
+    assert not all(map(torch.equal, seen_before, after)) and all(not torch.equal(a, b) for a, b in zip(real, real_before))
+    assert metrics["heads_loss"] == metrics_before["heads_loss"] and metrics["student_loss"] != metrics_before["student_loss"]
+    assert any(not torch.equal(a, b) for a, b in zip(first.student.parameters(), usual.student.parameters()))
 
 
 def test_real_digits_are_none_that_the_judge_compares_with_and_have_no_noise(weights, tmp_path, monkeypatch):

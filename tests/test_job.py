@@ -674,19 +674,6 @@ def test_a_damaged_run_is_not_resumed(uninterrupted, job, tmp_path, capsys, name
     assert student(tmp_path / "run") == student(uninterrupted)
 
 
-def test_a_run_whose_log_and_best_student_are_damaged_goes_on(full, job, out, monkeypatch):
-    monkeypatch.setattr(report, "write", lambda *args: None)
-    shutil.copytree(full[0], out / "mended")
-    shutil.rmtree(out / "mended" / "checkpoints" / "step-0000004")
-    shutil.rmtree(out / "mended" / "checkpoints" / "step-0000003")
-    (out / "mended" / "best.json").write_text('{"score": ')
-    log = out / "mended" / "metrics.jsonl"
-    log.write_bytes(log.read_bytes()[:-7] + b"\0\xff\n")
-    assert job("--name", "mended", "--resume", "--log-every", "1", "--evaluate-every", "2", tiny=[])[0] == 0
-    assert metrics(out / "mended") == metrics(full[0]) and student(out / "mended") == student(full[0])
-    assert (out / "mended" / "best.safetensors").read_bytes() == (full[0] / "best.safetensors").read_bytes()
-
-
 def test_a_resume_with_another_teacher_is_refused(uninterrupted, weights, job, out, capsys, tmp_path):
     shutil.copytree(weights, tmp_path / "weights")
     tensors, about = ladd.load_weights(weights / "teacher.safetensors", kind="toy teacher")

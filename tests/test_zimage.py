@@ -153,7 +153,7 @@ def features_and_gradient(net, x, t, cond):
 @pytest.mark.parametrize("cut", [False, True])
 def test_features_do_not_depend_on_sharding_checkpointing_or_the_early_end(model, pipe, sharded, checkpointing, cut):
     fsdp.start_alone(CPU)
-    net = fsdp.build(model, torch.float32, CPU, sharded, torch.float32, frozen=True)
+    net = fsdp.build(fsdp.skeleton(model), lambda: fsdp.read_weights(model), torch.float32, CPU, sharded, torch.float32, frozen=True)
     if cut:
         del net.layers[3:]
     if checkpointing:
@@ -168,7 +168,7 @@ def test_features_do_not_depend_on_sharding_checkpointing_or_the_early_end(model
 def test_a_sharded_student_samples_with_its_average_after_a_pass_without_gradient(model, pipe):
     """FSDP may keep gathered weights after a pass without gradient; the average must not be lost on them."""
     fsdp.start_alone(CPU)
-    net = fsdp.build(model, torch.float32, CPU, True, torch.float32, frozen=False)
+    net = fsdp.build(fsdp.skeleton(model), lambda: fsdp.read_weights(model), torch.float32, CPU, True, torch.float32, frozen=False)
     velocity, ema = ZImageVelocity(net, torch.float32), ladd.EMA(net, 10.0, 0.1)
     z, cond = batch(pipe, "a cat")
     t = torch.tensor([0.5])
@@ -189,7 +189,7 @@ def test_a_sharded_student_samples_with_its_average_after_a_pass_without_gradien
 def test_saved_whole_weights_are_the_models(model, pipe, tmp_path):
     from diffusers import ZImageTransformer2DModel
     fsdp.start_alone(CPU)
-    net = fsdp.build(model, torch.float32, CPU, True, torch.float32, frozen=False)
+    net = fsdp.build(fsdp.skeleton(model), lambda: fsdp.read_weights(model), torch.float32, CPU, True, torch.float32, frozen=False)
     loaded = ZImageTransformer2DModel.from_pretrained(fsdp.save_whole(net, tmp_path / "student", torch.float32))
     for (k, a), b in zip(loaded.state_dict().items(), pipe.transformer.state_dict().values()):
         assert torch.equal(a, b), k
@@ -649,7 +649,8 @@ LORA_64 = 64 * (34 * (4 * 2 * 3840 + 3 * (3840 + 10240)))      # in 34 blocks, o
 
 
 @pytest.mark.parametrize("recipe, options, ranks, memory, disk", [
-    ("zimage", [], 1, 20 * BIG + 2 * BIG, 16 * BIG + 2 * BIG), ("zimage", ["--ema-on-host"], 8, 16 * BIG / 8 + 2 * BIG, 18 * BIG),
+    ("zimage", [], 1, 20 * BIG + 2 * BIG, 16 * BIG + 2 * BIG), ("zimage", ["--ema-half-life", "0"], 2, 16 * BIG / 2 + 2 * BIG, 12 * BIG + 2 * BIG),
+    ("zimage", ["--ema-on-host"], 8, 16 * BIG / 8 + 2 * BIG, 18 * BIG),
     ("zimage", ["--teacher-sharded"], 8, 22 * BIG / 8, 18 * BIG), ("zimage-lora", [], 8, 20 * LORA_64 + 2 * BIG, 16 * LORA_64 + 2 * BIG),
     ("zimage-lora", ["--ema-on-host", "--dtype", "float32"], 1, 16 * LORA_64 + 4 * BIG, 16 * LORA_64 + 4 * BIG)])
 def test_too_little_memory_or_disk_is_refused_to_the_byte(recipe, options, ranks, memory, disk, tmp_path, capsys, monkeypatch):
@@ -660,7 +661,8 @@ def test_too_little_memory_or_disk_is_refused_to_the_byte(recipe, options, ranks
         whole = ZImageTransformer2DModel()
     world = zworld.ZImageWorld.__new__(zworld.ZImageWorld)
     parser = ladd.parser_for(zworld)
-    world.options, world.recipe = parser.parse_args(["--zimage", "--out", str(tmp_path), *options]), zworld.RECIPES[recipe]
+    world.options = parser.parse_args(["--zimage", "--out", str(tmp_path), *options])
+    world.recipe = ladd.override(zworld.RECIPES[recipe], {"ema_half_life": 0.0} if "--ema-half-life" in options else {})
     world.device, world.dtype = torch.device("cuda"), getattr(torch, world.options.dtype or "bfloat16")
 
     def check(gpu, free):

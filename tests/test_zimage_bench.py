@@ -25,7 +25,7 @@ def no_group():
 
 def tiny_world(**changes):
     recipe = dataclasses.replace(ZIMAGE, taps=("1", "3"), head_width=8, batch=2)
-    world = bench.RandomWorld(bench.skeleton("tiny"), recipe, CPU, **{**dict(side=4, tokens=20, checkpointing=True, ema="off"), **changes})
+    world = bench.RandomWorld(bench.skeleton("tiny"), recipe, CPU, **{**dict(side=4, tokens=20, checkpointing=True, ema_device=None), **changes})
     return world, ladd.State(world, recipe, CPU), recipe
 
 
@@ -115,12 +115,21 @@ def test_a_compiler_that_fails_costs_its_own_rows_alone(tmp_path, monkeypatch):
         assert all((f.get("note") == "not compiled: no compiler") == row["compiled"] == ("seconds" not in f) for f in (row["heads"], row["student"]))
 
 
-def test_student_and_teacher_begin_alike_and_no_average_is_kept():
+def test_student_and_teacher_begin_alike():
     world, state, _ = tiny_world()
     for (name, p), q in zip(world.teacher.named_parameters(), state.student.parameters()):
         assert torch.equal(p, ladd.local(q)) and p.isfinite().all() and (p.abs().max() > 0 or name.endswith("bias"))
-    assert {mean.device.type for mean in state.ema.mean} == {"meta"}
-    assert {mean.device.type for mean in tiny_world(ema="host")[1].ema.mean} == {"cpu"}
+
+
+@pytest.mark.parametrize("option, kept", [((), []), (("--ema", "host"), ["cpu"])], ids=str)
+def test_no_average_is_kept_unless_asked_for(monkeypatch, option, kept):
+    found, usual = [], ladd.State
+
+    def state(*args):
+        found.append(sorted({mean.device.type for mean in usual(*args).ema.mean}))
+        raise ladd.UserError("seen")
+    monkeypatch.setattr(ladd, "State", state)
+    assert bench.main([*QUICK, *option]) == 2 and found == [kept]
 
 
 def test_the_estimate():

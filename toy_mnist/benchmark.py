@@ -9,7 +9,7 @@ Every finished run is a line of toy_mnist/results.jsonl and is not run again; a 
 command. What a line holds is compared only with lines of the same budget (iterations, batch, samples, images judged, device, teacher and judge).
 
 What the settings are stands in settings.py, who LADD is compared with in peers.py, what is tested and drawn in tables.py. A run is looked at for
-collapse after each sixth of its iterations.
+collapse after each quarter of its iterations.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from toy_mnist.settings import GROUPS, SETTINGS, departures, recipe_for
 from toy_mnist.world import PAPER, TOY
 
 ROOT = Path(ladd.__file__).parent
+LOOK = 500                  # images of a look for collapse
 JUDGED = ("fid", "kid", "accuracy", "hue_entropy")
 PASSED_ON = ("iterations", "batch", "samples", "judge_samples", "device", "out", "results", "weights", "data_root")
 
@@ -70,6 +71,19 @@ class Benchmarked:
                 ladd.write_json(path, {**getattr(self, "teacher_cost", {}), **self.judge(torch.cat(x), torch.cat(label))})
         self.samples_row = json.loads(path.read_text())
 
+    def watch(self, student, path):
+        """A look for collapse, at the most steps alone, where `signs` looks for it."""
+        noise, label = self.draw_noise(min(LOOK, self.options.judge_samples), self.recipe.seed, "curve")
+        most = self.reported_steps()[0]
+        x, _ = self.run_sampler(self.sample_student(most), student, noise, label, "look")
+        figures = self.judge(x, label, watch=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        world.save_image(x[:40], path, nrow=10, normalize=True, value_range=(-1, 1))
+        return {f"{k}@{most}": figures[k] for k in ("fid", "accuracy", "hue_entropy")}
+
+    def score(self, point):
+        """None: no best student is kept."""
+
     def finish(self, run, student, changed):
         self.save_student(run / "student.safetensors", student)
         n, recipe = self.options.judge_samples, self.recipe
@@ -95,7 +109,7 @@ def job(setting, seed, options):
     run = Path(options.out) / f"{setting.name}-{seed}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
     text = lambda v: ",".join(map(str, v)) if isinstance(v, tuple) else str(v)
     argv = ["--toy", "--out", options.out, "--name", run.name, "--weights", options.weights, "--judge-samples", str(options.judge_samples),
-            "--evaluate-every", str(recipe.iterations // 6), "--keep", "1"]
+            "--evaluate-every", str(max(1, recipe.iterations // 4)), "--keep", "1"]
     argv += [f"--{k.replace('_', '-')}={text(v)}" for k, v in departures(recipe).items()]
     argv += [f"--{k.replace('_', '-')}={getattr(options, k)}" for k in ("device", "data_root") if getattr(options, k)]
     return recipe, argv + ["--i-know"] * (recipe.head_lr <= recipe.student_lr), run

@@ -103,6 +103,23 @@ class AddWorld(ToyWorld):
         return dataclasses.replace(terms, add_student=tuple(at_own_time(f) if f.__name__ == "score_loss" else f for f in terms.add_student))
 
 
+class HeadsFirstWorld(ToyWorld):
+    """The toy with the heads stepped before the student's gradient is taken, which then comes from the new heads. For one micro-batch."""
+
+    def terms(self):
+        recipe = self.recipe
+
+        def step_heads(p, state):
+            """`ladd.update` finds no gradient of theirs afterwards; one that is not finite is left to it, to be skipped."""
+            if torch.isfinite(nn.utils.clip_grad_norm_(state.heads.parameters(), recipe.clip_heads)):
+                for group in state.heads_opt.param_groups:
+                    group["lr"] = recipe.head_lr * ladd.lr_scale(recipe, p.key[1], student=False)
+                state.heads_opt.step(), state.heads_opt.zero_grad(set_to_none=True)
+                with torch.no_grad(), ladd.autocast(p.x0.device):
+                    p.real_logits = state.heads(p.real_maps, p.t_real, p.head_cond, p.t)
+        return dataclasses.replace(super().terms(), before_student=step_heads)
+
+
 class DataWorld(ToyWorld):
     """The toy with digits of MNIST as the real samples, each painted once; they have no noise that they were made from."""
 
@@ -124,4 +141,4 @@ class DataWorld(ToyWorld):
         """That picture shows the noise of each sample."""
 
 
-WORLDS = {"toy": ToyWorld, "teacher": ToyWorld, "add": AddWorld, "data": DataWorld}
+WORLDS = {"toy": ToyWorld, "teacher": ToyWorld, "add": AddWorld, "data": DataWorld, "heads-first": HeadsFirstWorld}

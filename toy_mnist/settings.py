@@ -62,7 +62,7 @@ ABLATIONS = [
     ablation("noise-not-shared", share_noise=False),
     ablation("misaligned-pairs", misaligned=1.0),
     ablation("no-backward-simulation", "the squared error then reaches fresh noise at t < 1 too", backward_simulation=False),
-    ablation("heads-first", "the heads are stepped before the student's gradient is taken", missing="the iteration has no such order"),
+    ablation("heads-first", "the heads are stepped before the student's gradient is taken", world="heads-first"),
     ablation("times-uniform", time_probs=(0.25,) * 4),
     ablation("fresh-noise", "no stored noise, so the squared error is left to t < 1, on noised samples: without backward simulation", **FRESH),
     ablation("real-data", "fresh-noise with digits of MNIST in place of the teacher's samples (as many, none that the judge compares with); "

@@ -24,7 +24,7 @@ PARTNERS = ("baseline", "paper", "regression", "add", "classifier-heads")       
 CAPTION = """Mean ± standard deviation over the seeds; where there are several figures in a cell they are those of 4, 2 and 1 steps. The last column says of the
 FID at 4, 2 and 1 steps whether it is better or worse than that of the setting named there: Welch's t-test on log FID over seeds, two-sided, p < .05 in each single test, so of twenty
 differences that are none one will be called so. "Inside the noise" is a difference that this test does not show; "untested" one with a single seed on a side.
-The alarm is ladd's own for collapse, looked for after each sixth of the iterations and listed by seed (– = never); "collapsed" counts the runs that show its signs at their end."""
+The alarm is ladd's own for collapse, looked for after each quarter of the iterations and listed by seed (– = never); "collapsed" counts the runs that show its signs at their end."""
 
 
 def welch(a, b):

@@ -9,6 +9,7 @@ update of the student costs; the time of sampling; and an estimate, labelled so,
 """
 
 import argparse
+import copy
 import dataclasses
 import functools
 import gc
@@ -19,7 +20,6 @@ import statistics
 import sys
 import types
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,7 @@ from zimage.world import ZIMAGE, ZImageWorld
 
 CONFIGS = {"full": {}, "tiny": dict(dim=48, n_layers=4, n_refiner_layers=1, n_heads=4, n_kv_heads=4, cap_feat_dim=32, axes_dims=[4, 4, 4],
                                     axes_lens=[600, 64, 64])}
-EMA = {"off": torch.device("meta"), "host": torch.device("cpu")}        # a meta tensor has a shape and no memory
+EMA = {"off": None, "host": torch.device("cpu")}
 USEFUL = {"heads": 3, "student": 6}     # passes F of a sample in an iteration that updates the heads alone, and in one of both: `ladd.step`
 WARM = 2                                # iterations before those that count
 LARGE = 100_000_000                     # parameters that no CPU should be asked to train
@@ -64,26 +64,21 @@ def random_weights(model, device, dtype):
 class RandomWorld(ZImageWorld):
     """Z-Image's world with random weights, latents [B, 16, side, side] and captions [tokens, C]. model: a skeleton."""
 
-    def __init__(self, model, recipe, device, side, tokens, checkpointing, ema):
-        self.model, self.recipe, self.device, self.folder, self.side = model, recipe, device, None, side
+    def __init__(self, model, recipe, device, side, tokens, checkpointing, ema_device):
+        self.model, self.recipe, self.device, self.side = model, recipe, device, side
         self.options = types.SimpleNamespace(no_checkpointing=not checkpointing)
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.cond_dim, self.ema_device = model.config["cap_feat_dim"], EMA[ema]
+        self.cond_dim, self.ema_device = model.config["cap_feat_dim"], ema_device
         self.caption = torch.randn(tokens, self.cond_dim, generator=ladd.generator("bench")).bfloat16()
         fsdp.start_alone(device)
-        with self.no_files():
-            teacher = fsdp.build(self.folder, self.dtype, device, False, self.dtype, frozen=True)
+        teacher = self.build(self.dtype, False, frozen=True)
         self.teacher, self.tap_root = adapter.ZImageVelocity(teacher, self.dtype), teacher.layers
         self.set_checkpointing(teacher)
 
-    def no_files(self):
-        """A context in which `fsdp.build` is given this configuration and random weights where it would read those of a folder."""
-        return mock.patch.multiple(fsdp, config_of=lambda folder: self.model.config,
-                                   read_weights=lambda folder: random_weights(self.model, self.device, self.dtype))
-
-    def make_student(self):
-        with self.no_files():
-            return super().make_student()
+    def build(self, dtype, sharded, frozen):
+        """The skeleton with random weights."""
+        read = lambda: random_weights(self.model, self.device, self.dtype)
+        return fsdp.build(copy.deepcopy(self.model), read, dtype, self.device, sharded, self.dtype, frozen)
 
     def read(self, start, count):
         x0 = torch.randn(count, adapter.CHANNELS, self.side, self.side, generator=ladd.generator("bench", start))
@@ -299,11 +294,11 @@ def run_command(argv):
     check_size(name, n, device)
     last = len(model.layers) - 1
     taps = *(tap for tap in ZIMAGE.taps if int(tap) < last), str(last)      # the teacher is run to its end: both networks take F
-    recipe = dataclasses.replace(ZIMAGE, taps=taps)
+    recipe = dataclasses.replace(ZIMAGE, taps=taps, ema_half_life=ZIMAGE.ema_half_life if options.ema == "host" else 0.0)
 
     def make_world(checkpointing=True):
         gc.collect(), torch.cuda.empty_cache()          # of an earlier one, which nothing names any more
-        return RandomWorld(model, recipe, device, side, options.tokens, checkpointing, options.ema)
+        return RandomWorld(model, recipe, device, side, options.tokens, checkpointing, EMA[options.ema])
 
     def make(checkpointing, compiled):
         world = make_world(checkpointing)

@@ -24,19 +24,13 @@ def start_alone(device):
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
-def config_of(folder):
-    """The transformer's configuration, a dict. UserError where it can't be read."""
-    from diffusers import ZImageTransformer2DModel
-    try:
-        return ZImageTransformer2DModel.load_config(folder, subfolder="transformer")
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {folder}: transformer/config.json can't be read ({reason(error)}); restore it") from error
-
-
 def skeleton(folder):
     """The model folder's transformer without memory for its weights. UserError where its configuration makes none."""
     from diffusers import ZImageTransformer2DModel
-    config = config_of(folder)
+    try:
+        config = ZImageTransformer2DModel.load_config(folder, subfolder="transformer")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {folder}: transformer/config.json can't be read ({reason(error)}); restore it") from error
     try:
         with torch.device("meta"):
             return ZImageTransformer2DModel.from_config(config)
@@ -65,14 +59,14 @@ def read_weights(folder):
     return {k: v for path in weight_files(folder) for k, v in load_file(path).items()}
 
 
-def build(folder, dtype, device, sharded, compute_dtype, frozen):
-    """The model folder's transformer with parameters of dtype on device; sharded over the ranks or whole on each of them.
+def build(skeleton, read, dtype, device, sharded, compute_dtype, frozen):
+    """The skeleton with parameters of dtype on device; sharded over the ranks or whole on each of them.
 
-    compute_dtype: what a sharded one computes in (gradients are reduced in float32). frozen: no gradients for its weights; its root
+    read() -> {name: tensor}, its weights, asked for on rank 0 alone. compute_dtype: what a sharded one computes in (gradients are reduced in float32). frozen: no gradients for its weights; its root
     then stays gathered, since FSDP cannot gather it again for a backward pass that begins at a tap.
     """
-    model = torch.nn.Module.to(skeleton(folder), dtype).requires_grad_(not frozen)      # diffusers' own `to` warns in vain
-    weights = {k: v.to(dtype) for k, v in read_weights(folder).items()} if ladd.rank() == 0 else {}
+    model = torch.nn.Module.to(skeleton, dtype).requires_grad_(not frozen)      # diffusers' own `to` warns in vain
+    weights = {k: v.to(dtype) for k, v in read().items()} if ladd.rank() == 0 else {}
     if sharded:
         mesh = init_device_mesh(device.type, (ladd.ranks(),))
         policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)   # t stays float32

@@ -81,11 +81,16 @@ class ZImageWorld(ladd.World):
         self.check_memory(skeleton)
         self.vae = load_vae(self.folder, self.dtype, device) if ladd.rank() == 0 else None      # it draws the pictures
         fsdp.start_alone(device)
-        teacher = fsdp.build(self.folder, self.dtype, device, options.teacher_sharded, self.dtype, frozen=True)
+        teacher = self.build(self.dtype, options.teacher_sharded, frozen=True)
         self.teacher, self.tap_root = ZImageVelocity(teacher, self.dtype), teacher.layers
         self.set_checkpointing(teacher)
 
     # ---- what the method asks for ------------------------------------------------------------------------------------
+
+    def build(self, dtype, sharded, frozen):
+        """The model folder's transformer, by `fsdp.build`."""
+        read = lambda: fsdp.read_weights(self.folder)
+        return fsdp.build(fsdp.skeleton(self.folder), read, dtype, self.device, sharded, self.dtype, frozen)
 
     def make_student(self):
         """float32 weights, sharded over the ranks, or a float32 LoRA on the teacher's. From here on the teacher is only tapped: its layers
@@ -94,7 +99,7 @@ class ZImageWorld(ladd.World):
         if self.recipe.lora_rank:
             student = lora.LoraVelocity(lora.attach(teacher, self.recipe.lora_rank), self.dtype)
         else:
-            student = ZImageVelocity(fsdp.build(self.folder, torch.float32, self.device, True, self.dtype, frozen=False), self.dtype)
+            student = ZImageVelocity(self.build(torch.float32, True, frozen=False), self.dtype)
         self.set_checkpointing(student.transformer)
         del teacher.layers[max(map(int, self.recipe.taps)) + 1:]
         return student
@@ -131,17 +136,18 @@ class ZImageWorld(ladd.World):
 
     def check_memory(self, skeleton):
         """Say what the run needs; UserError where weights, gradients and optimizer alone exceed the GPU, or a checkpoint and the student the
-        disk. Per trained weight 4 bytes each for itself, its gradient, AdamW's two moments and its average."""
+        disk. Per trained weight 4 bytes each for itself, its gradient, AdamW's two moments and its average, if it has one."""
         n, ranks, rank = sum(p.numel() for p in skeleton.parameters()), ladd.ranks(), self.recipe.lora_rank
         trained = lora.size(skeleton, rank) if rank else n
-        need = (trained * (16 if self.options.ema_on_host else 20) / (1 if rank else ranks)
+        average = 4 if self.recipe.ema_half_life else 0
+        need = (trained * (16 + (0 if self.options.ema_on_host else average)) / (1 if rank else ranks)
                 + n * self.dtype.itemsize / (ranks if self.options.teacher_sharded else 1))
-        disk = trained * 16 + n * self.dtype.itemsize
+        disk = trained * (12 + average) + n * self.dtype.itemsize
         say(f"{n / 1e9:.2f}B parameters, {trained / 1e9:.2f}B of them trained, on {ranks} ranks: {need / 1e9:.1f} GB each before activations; "
             f"{disk / 1e9:.1f} GB of disk for a checkpoint and the finished student")
         if self.device.type == "cuda" and need > (have := torch.cuda.get_device_properties(self.device).total_memory):
             raise ladd.UserError(f"--zimage: {need / 1e9:.1f} GB are needed on each GPU before activations, and it has {have / 1e9:.1f}: use "
-                                 f"more GPUs, --teacher-sharded, --ema-on-host or --recipe zimage-lora")
+                                 f"more GPUs, --teacher-sharded, --ema-on-host, --ema-half-life 0 or --recipe zimage-lora")
         folder = Path(self.options.out)
         free = shutil.disk_usage(folder if folder.exists() else ".").free
         if disk > free:
