@@ -9,7 +9,6 @@ update of the student costs; the time of sampling; and an estimate, labelled so,
 """
 
 import argparse
-import copy
 import dataclasses
 import functools
 import gc
@@ -76,9 +75,11 @@ class RandomWorld(ZImageWorld):
         self.set_checkpointing(teacher)
 
     def build(self, dtype, sharded, frozen):
-        """The skeleton with random weights."""
+        """A transformer of the skeleton's configuration with random weights."""
         read = lambda: random_weights(self.model, self.device, self.dtype)
-        return fsdp.build(copy.deepcopy(self.model), read, dtype, self.device, sharded, self.dtype, frozen)
+        with torch.device("meta"):
+            model = type(self.model).from_config(self.model.config)
+        return fsdp.build(model, read, dtype, self.device, sharded, self.dtype, frozen)
 
     def read(self, start, count):
         x0 = torch.randn(count, adapter.CHANNELS, self.side, self.side, generator=ladd.generator("bench", start))
