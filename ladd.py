@@ -52,6 +52,7 @@ class Diverged(UserError):
 # 1. Flow matching. Conventions, stated once and used everywhere:
 #    t in [0, 1], 0 = clean, 1 = noise;   x_t = (1-t) x0 + t eps;   v = eps - x0.
 #    A model is velocity(x_t [B, ...], t [B], cond) -> v [B, ...], float32. Every other convention is converted in a world.
+#    t is the time at which the student guesses; t-hat the one to which its guess, and a real sample, are noised again for the heads.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def expand(t, like):
@@ -143,10 +144,23 @@ def sample_renoise(velocity, noise, times, cond, renoise):
 
 
 def step_times(times, n):
-    """The n of the student's times that an n-step sampler uses, spread over them, the first (1) always: 2 of 4 are [1, .5]."""
+    """The n of the student's times that an n-step sampler uses, from the first (1) on, as evenly as n divides them: 2 of 4 are [1, .5]."""
     if not 1 <= n <= len(times):
         raise UserError(f"--steps {n}: this student knows {len(times)} times {list(times)}; give 1 .. {len(times)}")
     return [times[k * len(times) // n] for k in range(n)]
+
+
+def student_sampler(recipe, steps):
+    """The recipe's sampler with so many steps: a function (velocity, noise [B, ...], cond) -> x0 [B, ...]."""
+    times = step_times(recipe.times, steps)
+
+    def sampler(velocity, noise, cond):
+        if recipe.sampler == "euler":
+            return sample_euler(velocity, noise, times, cond)
+        key = float(noise.flatten()[0])                 # the fresh noise is keyed by the noise that the batch starts from
+        fresh = lambda k: torch.randn(noise.shape, generator=generator(recipe.seed, "re-noise", k, key))
+        return sample_renoise(velocity, noise, times, cond, fresh)
+    return sampler
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,7 +174,7 @@ class _Deepest(Exception):
 def tapped(root, names, forward, early_exit=True):
     """Run forward() and return the outputs of the modules `names` of `root`, in their order.
 
-    Hooks store references and compute nothing; the first write wins (activation checkpointing runs a block twice). With
+    Hooks store references and compute nothing; the first write wins where a module runs twice. With
     early_exit the pass ends at its last tap. The hooks are removed whatever happens. UserError names an unknown module.
     """
     modules, store, handles = dict(root.named_modules()), {}, []
@@ -233,7 +247,7 @@ class Heads(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Losses. Logits come per head and per patch; a loss is the mean over heads of the mean over samples and patches,
-#    so that no head counts for more because its map is larger. DEPARTURE: usual code sums pooled logits.
+#    so that no head counts for more because its map is larger (the paper does not say; other code sums pooled logits).
 # ---------------------------------------------------------------------------------------------------------------------
 
 def mean_over_heads(loss, *logits):
@@ -273,7 +287,7 @@ def note(default, text, low=None, high=None, choices=None):
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Everything that decides what a run computes. The defaults are the paper's where it gives a number."""
+    """Everything that decides what a run computes. The defaults are the paper's where it gives a number, but for what is marked DEPARTURE."""
 
     iterations: int = note(2000, "iterations; each updates the heads, and every gen_every-th the student too", 1, 10 ** 9)
     batch: int = note(64, "samples per iteration, over all micro-batches", 1, 10 ** 6)
@@ -369,7 +383,7 @@ def unlike(old, new):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 7. Draws: every random number of an iteration is keyed by (seed, iteration) and made on the CPU, so there is no state to store
+# 7. Draws: each is keyed by what it is for (an iteration's by seed and iteration) and made on the CPU, so there is no state to store
 # ---------------------------------------------------------------------------------------------------------------------
 
 def generator(*key):
@@ -393,17 +407,17 @@ def reader_indices(n, start, count, seed):
 
 
 def draw(recipe, iteration, shape):
-    """The draws of one iteration's joint batch: t [B], eps [B, *shape], t_hat [B], eps_hat, the real side's own pair, and
-    paired [B]: which of them take their sample's stored noise in place of eps, evenly spread over the batch."""
+    """The draws of one iteration's joint batch (all ranks and micro-batches together): t [B], eps [B, *shape], t_hat [B], eps_hat,
+    the real side's own pair, and paired [B]: which of them take their sample's stored noise in place of eps, evenly spread over the batch."""
     gen, n = generator(recipe.seed, iteration, "iteration"), recipe.batch
     probs = recipe.warmup_probs if iteration < recipe.warmup else recipe.time_probs
     edges = torch.tensor(probs, dtype=torch.float64).cumsum(0)[:-1]
     which = torch.bucketize(torch.rand(n, generator=gen, dtype=torch.float64), edges, right=True)
     t = torch.tensor(recipe.times)[which]                                   # [B]
-    renoise = lambda: logit_normal(torch.randn(n, generator=gen), recipe.renoise_mean, recipe.renoise_std)
-    d = {"t": t, "eps": torch.randn(n, *shape, generator=gen), "t_hat": renoise(), "eps_hat": torch.randn(n, *shape, generator=gen)}
+    draw_t_hat = lambda: logit_normal(torch.randn(n, generator=gen), recipe.renoise_mean, recipe.renoise_std)
+    d = {"t": t, "eps": torch.randn(n, *shape, generator=gen), "t_hat": draw_t_hat(), "eps_hat": torch.randn(n, *shape, generator=gen)}
     d["t_real"], d["eps_real"] = ((d["t_hat"], d["eps_hat"]) if recipe.share_noise else
-                                  (renoise(), torch.randn(n, *shape, generator=gen)))
+                                  (draw_t_hat(), torch.randn(n, *shape, generator=gen)))
     k = torch.arange(n)
     d["paired"] = ((k + 1) * recipe.paired_share).floor() > (k * recipe.paired_share).floor()
     return d
@@ -487,7 +501,7 @@ class World:
     config = {}             # what config.json should say of this world besides recipe and data
 
     def make_student(self):
-        """The network to train, made from the teacher's weights, float32: velocity(x_t, t, cond) -> v."""
+        """The network to train, velocity(x_t, t, cond) -> v: a copy of the teacher, whose weights must be float32 or small updates are lost."""
         return copy.deepcopy(self.teacher).requires_grad_(True).train()
 
     def compile(self, student):
@@ -536,7 +550,7 @@ class Terms:
 class Pass(types.SimpleNamespace):
     """One micro-batch on its way through the iteration; terms read from it.
 
-    x0, cond, noise, paired [B] (is eps that noise?), head_cond [B, D], the draws t, eps, t_hat, eps_hat, t_real, eps_real; x_t,
+    x0, cond, noise (where it is stored), paired [B] (is eps that noise?), head_cond [B, D], the draws t, eps, t_hat, eps_hat, t_real, eps_real; x_t,
     x0_hat; real_t and fake_t (both noised again); real_maps, fake_maps (the teacher's features), real_logits; key: the seed, the
     iteration and the place in the joint batch, by which a term keys draws of its own.
     """
@@ -548,8 +562,8 @@ class State:
     def __init__(self, world, recipe, device):
         torch.manual_seed(recipe.seed)                  # the heads' initial weights; nothing later uses the global generator
         self.student = world.make_student()
-        x, cond, _ = world.read(0, 2)
-        maps = features(world, x.to(device), torch.full((2,), 0.5, device=device), cond.to(device), recipe.taps)
+        x, cond, _ = world.read(0, min(2, recipe.batch))
+        maps = features(world, x.to(device), torch.full((len(x),), 0.5, device=device), cond.to(device), recipe.taps)
         self.heads = Heads([m.shape[1] for m in maps], [max(m.shape[2:]) for m in maps], world.cond_dim, recipe.head_width,
                            recipe.heads_see_t).to(device)
         self.student_opt, self.heads_opt = adamw(self.student, recipe), adamw(self.heads, recipe)
@@ -638,9 +652,10 @@ def updates_student(recipe, i):
 def step(state, world, recipe, terms, i, device, micro_batch=None):
     """Iteration i: gradients of all micro-batches, then one step of each optimizer. Returns its metrics (floats).
 
-    k micro-batches of n give what one of k n gives, and so do k ranks (a world's added terms see one micro-batch at a time). Costs
-    in teacher-sized forwards F: student 1, teacher 2; a student iteration adds 1 (backward through the teacher) and 2 (backward
-    through the student) = 6F.
+    Both gradients come from the same heads, as they stood when it began, so that micro-batches can add up before either steps (to step
+    the heads first is the usual alternative). k micro-batches of n give what one of k n gives, and so do k ranks (a world's added terms
+    see one micro-batch at a time). Costs in teacher-sized forwards F: student 1, teacher 2; a student iteration adds 1 (backward through
+    the teacher) and 2 (backward through the student) = 6F.
     """
     n = recipe.batch // ranks()                         # this rank's part of the joint batch
     first, micro_batch = rank() * n, micro_batch or n
@@ -696,12 +711,13 @@ def gradients(p, state, world, recipe, terms, i, share):
         heads_loss = heads_loss + term(p, state)
     (heads_loss * share).backward()
     for name, a, b in zip(recipe.taps, real, fake):
-        wins = (a > b).float() + (a == b).float() / 2   # of pairs, a tie counting half: a relativistic game has no zero
+        wins = (a > b).float() + (a == b).float() / 2   # of pairs, a tie counting half: not every loss has its border at zero
         metrics[f"accuracy/{name}"] = wins.mean()
     if len(p.x0) > 1:                                   # a single sample has no neighbour to differ from
         metrics["diversity"] = diversity(p.fake_maps[-1]) / diversity(p.real_maps[-1]).clamp(min=1e-12)
 
-    # The student's gradient: the heads again, as they stood when the iteration began and frozen, on the attached features.
+    # The student's gradient: the heads again, frozen, as they stood when the iteration began (or as `before_student` left them), on the
+    # attached features.
     if student_turn:
         p.real_logits = [r.detach() for r in real]
         if terms.before_student:
@@ -723,49 +739,6 @@ def diversity(maps):
     """Mean distance between neighbours in the batch, on features [B, C, H, W]: what collapses when the fakes grow alike."""
     f = maps.detach().float().flatten(1)
     return (f - f.roll(1, 0)).norm(dim=1).mean()
-
-
-def student_sampler(recipe, steps):
-    """The recipe's sampler with so many steps: a function (velocity, noise [B, ...], cond) -> x0 [B, ...]."""
-    times = step_times(recipe.times, steps)
-
-    def sampler(velocity, noise, cond):
-        if recipe.sampler == "euler":
-            return sample_euler(velocity, noise, times, cond)
-        key = float(noise.flatten()[0])                 # the fresh noise is keyed by the noise that the batch starts from
-        fresh = lambda k: torch.randn(noise.shape, generator=generator(recipe.seed, "re-noise", k, key))
-        return sample_renoise(velocity, noise, times, cond, fresh)
-    return sampler
-
-
-@torch.no_grad()
-def sample_diversity(world, student, recipe, device, pairs=256):
-    """Collapse, seen from the teacher: the mean feature distance within pairs of the student's samples, divided by that within
-    pairs of real ones of the same conditions, all four noised to t = 1/2 with one noise. Near 1 = healthy; it falls as the fakes grow alike.
-    Each rank reads its part of the batch, or two samples where that is one; a batch of one has no pairs.
-    """
-    n, distance = max(2, recipe.batch // ranks()), torch.zeros(2)
-    first = min(rank() * n, recipe.batch - n)
-    for k in range(math.ceil(2 * pairs / recipe.batch)):                # a sample's partner lies half a part of the batch away
-        x0, cond, _ = world.read(k * recipe.batch + first, n)
-        x0, cond, gen = x0.to(device), cond.to(device), generator(recipe.seed, k, rank(), "diversity")
-        start, noise = (torch.randn(x0.shape, generator=gen).to(device) for _ in range(2))
-        noise[n // 2:2 * (n // 2)], half = noise[:n // 2].clone(), torch.full((n,), 0.5, device=device)
-        fake = student_sampler(recipe, len(recipe.times))(student, start, cond)
-        for side, x in enumerate((fake, x0)):
-            f = features(world, interpolate(x, noise, half), half, cond, recipe.taps)[-1].float().flatten(1)
-            distance[side] += (f[:n // 2] - f[n // 2:2 * (n // 2)]).norm(dim=1).sum().cpu()
-    mean_over_ranks_([distance])
-    return float(distance[0] / distance[1].clamp(min=1e-12))
-
-
-def lr_scale(recipe, i, student):
-    """The factor on a learning rate at iteration i: the warm-up of both, then the student's decay."""
-    scale = min(1.0, (i + 1) / max(recipe.lr_warmup, 1))
-    if student and recipe.lr_decay != "none":
-        done = i / recipe.iterations
-        scale *= 1 - done if recipe.lr_decay == "linear" else 0.5 + 0.5 * math.cos(math.pi * done)
-    return scale
 
 
 def update(state, recipe, i):
@@ -856,20 +829,26 @@ def save_checkpoint(run, step, state, keep=2):
     def complete():
         write_json(part / "complete.json", {f.name: f.stat().st_size for f in part.iterdir()})
         os.replace(part, final)
-        for old in checkpoints(run)[:-keep]:
-            shutil.rmtree(old)
+        kept = [path for path in checkpoints(run) if step_of(path) <= step][-keep:]
+        for path in checkpoints(run):                   # a later one was damaged, or this run would have gone on from it
+            if path not in kept:
+                shutil.rmtree(path, ignore_errors=True)
     from_first(clear)
     try:
         dcp.save(state, checkpoint_id=part, no_dist=not dist.is_initialized())
-    except dcp.CheckpointException as error:            # no Exception; it holds one per rank
+    except dcp.CheckpointException as error:            # no subclass of Exception; it holds one per rank
         raise UserError(f"{part}: can't be written ({next(iter(error.failures.values()))[0]})") from error
     from_first(complete)
+
+
+def step_of(checkpoint):
+    return int(checkpoint.name[5:])
 
 
 def checkpoints(run):
     """A run's checkpoints, the oldest first."""
     found = (Path(run) / "checkpoints").glob("step-*")
-    return sorted((path for path in found if path.name[5:].isdecimal()), key=lambda path: int(path.name[5:]))
+    return sorted((path for path in found if path.name[5:].isdecimal()), key=step_of)
 
 
 def newest_checkpoint(run):
@@ -925,7 +904,7 @@ def train(world, recipe, run, options, device):
     state, terms, log = State(world, recipe, device), world.terms(), open_log(options.log, run)
     count = lambda m: f"{sum(p.numel() for p in m.parameters()) / 1e6:.2f}M"
     say(f"student {count(state.student)} parameters; {len(recipe.taps)} heads {count(state.heads)}")
-    newest, first = from_first(lambda: newest_checkpoint(run)) if options.resume else None, 0
+    first, newest = 0, from_first(lambda: newest_checkpoint(run) if options.resume else None)
     if newest:
         first = restore(state, newest)
         say(f"going on from {newest}")
@@ -963,6 +942,36 @@ def train(world, recipe, run, options, device):
         for number, handler in before.items():
             signal.signal(number, handler)
     return state
+
+
+@torch.no_grad()
+def sample_diversity(world, student, recipe, device, pairs=256):
+    """Collapse, seen from the teacher: the mean feature distance within pairs of the student's samples, divided by that within
+    pairs of real ones of the same conditions, all four noised to t = 1/2 with one noise. Near 1 = healthy; it falls as the fakes grow alike.
+    Each rank reads its part of the batch, or two samples where that is one; a batch of one has no pairs.
+    """
+    n, distance = max(2, recipe.batch // ranks()), torch.zeros(2)
+    first = min(rank() * n, recipe.batch - n)
+    for k in range(math.ceil(2 * pairs / recipe.batch)):                # a sample's partner lies half a part of the batch away
+        x0, cond, _ = world.read(k * recipe.batch + first, n)
+        x0, cond, gen = x0.to(device), cond.to(device), generator(recipe.seed, k, rank(), "diversity")
+        start, noise = (torch.randn(x0.shape, generator=gen).to(device) for _ in range(2))
+        noise[n // 2:2 * (n // 2)], half = noise[:n // 2].clone(), torch.full((n,), 0.5, device=device)
+        fake = student_sampler(recipe, len(recipe.times))(student, start, cond)
+        for side, x in enumerate((fake, x0)):
+            f = features(world, interpolate(x, noise, half), half, cond, recipe.taps)[-1].float().flatten(1)
+            distance[side] += (f[:n // 2] - f[n // 2:2 * (n // 2)]).norm(dim=1).sum().cpu()
+    mean_over_ranks_([distance])
+    return float(distance[0] / distance[1].clamp(min=1e-12))
+
+
+def lr_scale(recipe, i, student):
+    """The factor on a learning rate at iteration i: the warm-up of both, then the student's decay."""
+    scale = min(1.0, (i + 1) / max(recipe.lr_warmup, 1))
+    if student and recipe.lr_decay != "none":
+        done = i / recipe.iterations
+        scale *= 1 - done if recipe.lr_decay == "linear" else 0.5 + 0.5 * math.cos(math.pi * done)
+    return scale
 
 
 def watch(state, world, recipe, run, options, done, log, device):
@@ -1049,7 +1058,7 @@ def parser_for(world_module):
     run.add_argument("--device", help="cuda, mps (untested) or cpu (default: the first of these that is there)")
     run.add_argument("--resume", action="store_true", help="go on with the run --name from its newest checkpoint")
     run.add_argument("--sample", action="store_true", help="draw a grid from the finished run --name; see --steps")
-    run.add_argument("--steps", type=int, default=4, help="steps of --sample (default %(default)s)")
+    run.add_argument("--steps", type=int, help="steps of --sample (default: as many as the student knows)")
     run.add_argument("--evaluate-every", type=int, default=200, metavar="N", help="iterations between judged points and grids (default %(default)s; 0 = never)")
     run.add_argument("--checkpoint-every", type=int, default=200, metavar="N", help="iterations between checkpoints (default %(default)s)")
     run.add_argument("--keep", type=int, default=2, metavar="K", help="checkpoints to keep (default %(default)s)")
@@ -1122,8 +1131,8 @@ def refuse_known_ruin(recipe, micro_batch, i_know):
     if micro_batch < 1 or recipe.batch // ranks() % micro_batch:
         raise UserError(f"--micro-batch {micro_batch}: give a number that divides batch / ranks = {recipe.batch // ranks()}")
     if micro_batch < 2 and not i_know:
-        raise UserError(f"batch = {recipe.batch}, micro-batch = {micro_batch}: hinge on one sample is all or nothing; "
-                        f"give at least 2, or --i-know")
+        raise UserError(f"batch = {recipe.batch}, micro-batch = {micro_batch}: one sample at a time leaves nothing to compare "
+                        f"it with, and batches of one have ruined published runs; give at least 2, or --i-know")
     if recipe.head_lr <= recipe.student_lr and not i_know:
         raise UserError(f"head_lr = {recipe.head_lr}, student_lr = {recipe.student_lr}: heads that learn no faster than the "
                         f"student cannot lead it; raise head_lr, or --i-know")
@@ -1248,11 +1257,11 @@ def run_command(argv):
         raise UserError(f"taps = {list(recipe.taps)}: {unknown[0] if unknown else 'none given'!s} is no module of the teacher; "
                         f"the usual ones are {', '.join(module.REFERENCE.taps)}")
     if options.sample:
-        return world.draw_sample(run, options.steps)
+        return world.draw_sample(run, len(recipe.times) if options.steps is None else options.steps)
 
     if options.resume:
         stored = read_config(run / "config.json", "recipe", "data")
-        if checkpoints(run) and int(checkpoints(run)[-1].name[5:]) > recipe.iterations:
+        if checkpoints(run) and step_of(checkpoints(run)[-1]) > recipe.iterations:
             raise UserError(f"iterations = {recipe.iterations}: run {run.name} has come to {checkpoints(run)[-1].name}; give at least that many")
         other = unlike({**stored["recipe"], **stored["data"], "iterations": 0}, {**dataclasses.asdict(recipe), **world.fingerprint(), "iterations": 0})
         if other and not options.i_know:
@@ -1262,7 +1271,8 @@ def run_command(argv):
     world.prepare()
     refuse_noise(world.read(0, min(64, recipe.batch))[0], options.i_know)
     if options.resume:                                  # a resumed run may be longer
-        from_first(lambda: write_json(run / "config.json", {**stored, "recipe": dataclasses.asdict(recipe), "drift": changed}))
+        made_of = {"recipe": dataclasses.asdict(recipe), "drift": changed, "data": world.fingerprint()}
+        from_first(lambda: write_json(run / "config.json", {**stored, **made_of}))
     else:                                               # made beside and renamed: a run's folder is whole or not there
         run = from_first(lambda: claim(run, options.name is None))
         part = run.with_name(run.name + ".part")

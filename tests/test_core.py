@@ -1267,6 +1267,26 @@ def test_an_incomplete_checkpoint_is_passed_over_aloud(tmp_path, capsys, harm):
     assert ladd.newest_checkpoint(tmp_path) is None
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("harm", [HARM["cut"], HARM["a file in its place"]], ids=["cut", "a file in its place"])
+def test_a_damaged_later_checkpoint_does_not_outlive_the_next_good_one(tmp_path, harm, keep):
+    for n in (9_999_999, 10_000_000):                       # one more digit
+        ladd.save_checkpoint(tmp_path, n, nested(n), keep=2)
+    harm(tmp_path / "checkpoints" / "step-10000000")
+    ladd.save_checkpoint(tmp_path, 300, nested(1), keep=keep)           # of the run that has gone on from further back
+    assert ladd.newest_checkpoint(tmp_path).name == "step-0000300"
+
+
+def test_the_state_asks_a_reader_for_no_more_than_a_batch(world, monkeypatch):
+    usual = world.read
+
+    def read(start, count):
+        assert count <= 1
+        return usual(start, count)
+    monkeypatch.setattr(world, "read", read)
+    assert len(tiny.state(world, tiny.recipe(batch=1)).heads.heads) == 2
+
+
 @pytest.mark.parametrize("saved", [tiny.recipe(head_width=16), tiny.recipe(heads_see_t=True), None], ids=["width", "input", "another schema"])
 def test_a_checkpoint_of_another_shape_is_refused_in_one_line(world, tmp_path, saved):
     ladd.save_checkpoint(tmp_path, 3, ladd.snapshot(tiny.state(world, saved), 3) if saved else nested(3))

@@ -173,6 +173,15 @@ def test_sample_draws_a_grid_of_the_finished_run(full, job, steps):
         assert image.size == (10 * 30 + 2, 6 * 30 + 2) and len(image.getcolors(2 ** 24)) > 20
 
 
+def test_a_sample_has_as_many_steps_as_the_student_knows_where_none_are_named(uninterrupted, job, out, tmp_path):
+    shutil.copytree(uninterrupted, out / "two-times")
+    config = json.loads((out / "two-times" / "config.json").read_text())
+    config["recipe"].update(times=[1.0, 0.5], time_probs=[0.5, 0.5], warmup_probs=[0.5, 0.5])
+    ladd.write_json(out / "two-times" / "config.json", config)
+    code, printed = job("--sample", "--name", "two-times", tiny=[])
+    assert code == 0 and "sample-2.png" in printed
+
+
 def test_samples_at_one_two_and_four_steps_differ(full):
     assert len({(full[0] / f"sample-{s}.png").read_bytes() for s in (1, 2, 4)}) == 3
 
@@ -680,6 +689,10 @@ def test_a_resume_with_another_teacher_is_refused(uninterrupted, weights, job, o
     ladd.save_weights(tmp_path / "weights" / "teacher.safetensors", {k: v + 0.01 for k, v in tensors.items()},
                       {k: about[k] for k in ("kind", "config")})
     refused(job("--name", "whole", "--resume", "--weights", str(tmp_path / "weights"), tiny=[])[0], capsys, "teacher", "--i-know")
+    shutil.copytree(uninterrupted, out / "another-teacher")             # told so, the run is from then on one of that teacher
+    again = ["--name", "another-teacher", "--resume", "--weights", str(tmp_path / "weights"), "--iterations"]
+    assert job(*again, "5", "--i-know", tiny=[])[0] == 0
+    assert job(*again, "6", tiny=[])[0] == 0
 
 
 def test_a_finished_run_may_go_on_for_longer(uninterrupted, plain, out):

@@ -89,3 +89,13 @@ def test_the_shipped_weights_are_small_and_say_what_made_them():
     for word in ("teacher", "judge", "reference"):
         tensors, _ = ladd.load_weights(folder / f"{word}.safetensors", f"toy {word}", "command", "data", "versions", "figures")
         assert all(torch.isfinite(v.float()).all() for v in tensors.values())
+
+
+def test_the_tests_that_notice_the_faults_exist():
+    text = (ROOT / "docs" / "faults.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 18
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row)
+        assert named and all(f"def {name}(" in tests for name in named), row

@@ -54,7 +54,7 @@ class ZImageWorld(ladd.World):
 
     def __init__(self, recipe, options, device):
         if options.sample:
-            raise ladd.UserError(f"--sample: for Z-Image it is python -m zimage.sample {Path(options.out) / options.name} --steps {options.steps}")
+            raise ladd.UserError(f"--sample: for Z-Image it is python -m zimage.sample {Path(options.out) / options.name} --steps {options.steps or 4}")
         if recipe.lora_rank and options.teacher_sharded:
             raise ladd.UserError("--teacher-sharded: a LoRA student uses the teacher's own weights, whole on each GPU; leave it out")
         if not options.data:
@@ -111,7 +111,7 @@ class ZImageWorld(ladd.World):
     def compile(self, student):
         """Block by block, after one pass that fills the cache of positions."""
         torch._dynamo.config.recompile_limit = 64       # student or teacher, with gradient or without, refined or not, by size: each is a graph
-        x0, cond, _ = self.read(0, 2)
+        x0, cond, _ = self.read(0, min(2, self.recipe.batch))
         for velocity in (student, self.teacher):
             with torch.no_grad():
                 velocity(x0.to(self.device), torch.full((len(x0),), 0.5, device=self.device), cond.to(self.device))
