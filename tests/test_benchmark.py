@@ -189,17 +189,31 @@ def test_bad_options_are_one_line(bench, started, capsys, options, words):
 
 # ---- statistics and report --------------------------------------------------------------------------------------------
 
-def test_welch_by_hand():
-    """Logs 1, 2, 3 and 2, 4, 6: t = -2 / sqrt(1/3 + 4/3) with (5/3)^2 / ((1/3)^2 / 2 + (4/3)^2 / 2) = 50/17 degrees of freedom."""
-    a, b = [math.exp(v) for v in (1, 2, 3)], [math.exp(v) for v in (2, 4, 6)]
-    t, df = 2 / math.sqrt(5 / 3), 50 / 17
+def test_paired_t_by_hand():
+    """p = 1 - the integral of Student's density with n - 1 degrees of freedom from -t to t, t = mean / (std / sqrt n)."""
+    d = [-0.3, -0.2, -0.1, 0.05]
+    mean = sum(d) / 4
+    t, df = abs(mean) / math.sqrt(sum((v - mean) ** 2 for v in d) / 3 / 4), 3
     density = lambda x: math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi) * (1 + x * x / df) ** (-(df + 1) / 2)
     h = t / 2000
     inside = h / 3 * sum(density(k * h) * (1 if k in (0, 2000) else 4 if k % 2 else 2) for k in range(2001))       # Simpson's rule
-    assert tables.welch(a, b) == pytest.approx(1 - 2 * inside, rel=1e-6)
-    assert tables.verdict(a, b) == "inside the noise"
-    assert tables.verdict([1.0, 1.1, 1.05], [2.0, 2.1, 2.2]) == "better" and tables.verdict([2.0, 2.1, 2.2], [1.0, 1.1, 1.05]) == "worse"
-    assert tables.verdict([1.0], [2.0, 2.1]) == tables.verdict([], [2.0, 2.1]) == "untested" and tables.verdict([1.0, 1.0], [1.0, 1.0]) == "inside the noise"
+    assert tables.paired_t(d) == pytest.approx(1 - 2 * inside, rel=1e-6)
+    assert tables.verdict(d) == "inside the noise"
+    assert tables.verdict([-0.5, -0.6, -0.7]) == "better" and tables.verdict([0.5, 0.6, 0.7]) == "worse"
+    assert tables.verdict([0.5]) == tables.verdict([]) == "untested" and tables.verdict([0.0, 0.0]) == "inside the noise"
+
+
+def test_seeds_are_compared_with_themselves():
+    """Ratios of 1.1, 1.1, 1.21 whatever the seeds' own levels; a seed that one side lacks, or that diverged, is left out."""
+    a = {k: made_up("hinge", (f, f, f)) for k, f in ((0, 1.1), (1, 11.0), (2, 121.0), (3, 5.0))}
+    b = {k: made_up("baseline", (f, f, f)) for k, f in ((2, 100.0), (1, 10.0), (0, 1.0), (4, 7.0))}
+    assert tables.log_ratios(a, b, "fid@4") == pytest.approx([math.log(1.1), math.log(1.1), 2 * math.log(1.1)])
+    a[1] = made_up("hinge", ())
+    assert tables.log_ratios(a, b, "fid@1") == pytest.approx([math.log(1.1), 2 * math.log(1.1)])
+    assert tables.verdicts(a, {}) == "untested"
+
+
+def test_spread_in_words():
     assert tables.spread([1.0, 1.2, 1.4]) == "1.20 ± 0.20" and tables.spread([1.234]) == "1.23"
 
 
@@ -218,7 +232,7 @@ def made_up(name, fids, budget=BUDGET, seed=0, alarm=None, **changes):
 
 def test_the_report_holds_the_numbers_of_its_lines(tmp_path, weights):
     lines = [made_up("baseline", (2.0 + k / 10, 3.0 + k / 10, 4.0 + k / 10), seed=k) for k in range(3)]
-    lines += [made_up("hinge", (9.0 + k, 3.05 + k / 10, 1.0 + k / 10), seed=k, alarm=(7, None, 5)[k]) for k in range(3)]
+    lines += [made_up("hinge", (9.0 + k, (3.2, 3.0, 3.3)[k], 1.0 + k / 10), seed=k, alarm=(7, None, 5)[k]) for k in range(3)]
     lines += [made_up("lr-ratio-2", (77.0, 77.0, 77.0), beta1=0.5), made_up("regression", (2.5, 2.5, 2.5)), made_up("exact-r1", ())]
     lines += [made_up("baseline", (55.5, 5.0, 5.0), {**BUDGET, "iterations": 12})]
     lines[-2]["diverged"] = "made up"
@@ -234,9 +248,9 @@ def test_the_report_holds_the_numbers_of_its_lines(tmp_path, weights):
     first, second = text.split("## 12 iterations of 8")
     rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in first.splitlines() if line.startswith("| ")}
     assert rows["baseline"][:5] == ["", "0, 1, 2", "2.10 ± 0.10", "3.10 ± 0.10", "4.10 ± 0.10"]
-    assert rows["hinge"][:2] == ["loss = hinge", "0, 1, 2"] and rows["hinge"][2:5] == ["10.00 ± 1.00", "3.15 ± 0.10", "1.10 ± 0.10"]
+    assert rows["hinge"][:2] == ["loss = hinge", "0, 1, 2"] and rows["hinge"][2:5] == ["10.00 ± 1.00", "3.17 ± 0.15", "1.10 ± 0.10"]
     assert rows["hinge"][5:] == ["0.125 / 0.125 / 0.125", "0.875 / 0.875 / 0.875", "0.750 / 0.750 / 0.750", "0.81", "7, –, 5", "2 of 3",
-                                 "4: worse, 2: inside the noise, 1: better (baseline)"]
+                                 "4: worse, 2: inside the noise, 1: better, × 4.75 / 1.02 / 0.27 (baseline)"]
     assert rows["lr-ratio-2"][1] == "not run" and "77.0" not in text and "no setting's today, 1." in text
     assert rows["exact-r1"][10] == "0 of 1, 1 diverged" and rows["exact-r1"][11] == "untested (baseline)"
     assert rows["experiment-3"][1].startswith("not rebuilt") and rows["batch-2"][1] == "not run"

@@ -1,9 +1,8 @@
 """docs/benchmark.md and docs/benchmark.png, from the lines of results.jsonl alone.
 
-The test behind "better" and "worse" is Welch's t on log FID, two-sided, p < .05, one per step count. The seeds are the same on both sides,
-so both see the same draws and are judged from the same noise; that can only make the two sides alike, and Welch's test, which takes them for
-independent, errs then towards "inside the noise". A paired t has 2 degrees of freedom at 3 seeds, where Welch's has up to 4, and finds more only where
-the two sides correlate by more than .58.
+The test behind "better" and "worse" is the paired t on log FID, two-sided, p < .05, one per step count: runs of one seed see the same draws and
+samples of the teacher and are judged from the same noise, so it is their ratios that are compared. At 3 seeds it has 2 degrees of freedom: three ratios
+must agree closely to be more than noise.
 """
 
 import json
@@ -22,29 +21,37 @@ import matplotlib.pyplot as plt     # noqa: E402 (after the choice of a backend 
 STEPS = (4, 2, 1)
 PARTNERS = ("baseline", "paper", "regression", "add", "classifier-heads")       # the students among the peers
 CAPTION = """Mean ± standard deviation over the seeds; where there are several figures in a cell they are those of 4, 2 and 1 steps. The last column says of the
-FID at 4, 2 and 1 steps whether it is better or worse than that of the setting named there: Welch's t-test on log FID over seeds, two-sided, p < .05 in each single test, so of twenty
-differences that are none one will be called so. "Inside the noise" is a difference that this test does not show; "untested" one with a single seed on a side.
+FID at 4, 2 and 1 steps whether it is better or worse than that of the setting named there, and its multiple of that (the geometric mean over seeds): a paired t-test on log FID, seed by seed,
+two-sided, p < .05 in each single test, so of twenty differences that are none one will be called so. "Inside the noise" is a difference that this test does not show; "untested" one with a single seed in common.
 The alarm is ladd's own for collapse, looked for after each quarter of the iterations and listed by seed (– = never); "collapsed" counts the runs that show its signs at their end."""
 
 
-def welch(a, b):
-    """Two-sided p of Welch's t-test on the logarithms of two lists of distances, two of each at least."""
-    return float(stats.ttest_ind([math.log(v) for v in a], [math.log(v) for v in b], equal_var=False).pvalue)
+def log_ratios(runs, others, key):
+    """The logarithm of a figure's ratio, for each seed that both {seed: line} have it of."""
+    pairs = [(runs[k]["figures"], others[k]["figures"]) for k in sorted(runs.keys() & others.keys())]
+    return [math.log(a[key] / b[key]) for a, b in pairs if key in a and key in b]
 
 
-def verdict(a, b):
-    """What can be said of distances a beside distances b, less being better, in words."""
-    if min(len(a), len(b)) < 2:
+def paired_t(d):
+    """Two-sided p of the paired t-test on at least two differences d."""
+    return float(stats.ttest_1samp(d, 0).pvalue)
+
+
+def verdict(d):
+    """What can be said of logarithms of ratios of distances, less being better, in words."""
+    if len(d) < 2:
         return "untested"
-    if not welch(a, b) < 0.05:                          # nan too: no spread and no difference
+    if not paired_t(d) < 0.05:                          # nan too: no spread and no difference
         return "inside the noise"
-    return "better" if statistics.mean(map(math.log, a)) < statistics.mean(map(math.log, b)) else "worse"
+    return "better" if statistics.mean(d) < 0 else "worse"
 
 
 def verdicts(runs, others):
-    """`verdict` at 4, 2 and 1 steps, in one word where it is the same."""
-    said = [verdict(values(runs, f"fid@{s}"), values(others, f"fid@{s}")) for s in STEPS]
-    return said[0] if len(set(said)) == 1 else ", ".join(f"{s}: {word}" for s, word in zip(STEPS, said))
+    """`verdict` at 4, 2 and 1 steps, in one word where it is the same, and the mean ratios."""
+    d = [log_ratios(runs, others, f"fid@{s}") for s in STEPS]
+    said = [verdict(v) for v in d]
+    words = said[0] if len(set(said)) == 1 else ", ".join(f"{s}: {word}" for s, word in zip(STEPS, said))
+    return words + (", × " + " / ".join(f"{math.exp(statistics.mean(v)):.2f}" for v in d) if all(d) else "")
 
 
 def values(runs, key):
