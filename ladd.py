@@ -741,6 +741,15 @@ def diversity(maps):
     return (f - f.roll(1, 0)).norm(dim=1).mean()
 
 
+def lr_scale(recipe, i, student):
+    """The factor on a learning rate at iteration i: the warm-up of both, then the student's decay."""
+    scale = min(1.0, (i + 1) / max(recipe.lr_warmup, 1))
+    if student and recipe.lr_decay != "none":
+        done = i / recipe.iterations
+        scale *= 1 - done if recipe.lr_decay == "linear" else 0.5 + 0.5 * math.cos(math.pi * done)
+    return scale
+
+
 def update(state, recipe, i):
     """Clip and step both optimizers, then the average. A non-finite gradient leaves the whole update out; three in a row end the run."""
     parts = [(state.heads, state.heads_opt, recipe.head_lr, recipe.clip_heads, False, "heads")]
@@ -823,7 +832,7 @@ def save_checkpoint(run, step, state, keep=2):
     part, final = folder / f"part-{step:07d}", folder / f"step-{step:07d}"
 
     def clear():
-        for leftover in (part, final):
+        for leftover in (*folder.glob("part-*"), final):            # of saves that were killed, or ran out of disk
             shutil.rmtree(leftover, ignore_errors=True)
 
     def complete():
@@ -945,7 +954,7 @@ def train(world, recipe, run, options, device):
 
 
 @torch.no_grad()
-def sample_diversity(world, student, recipe, device, pairs=256):
+def sample_diversity(world, student, recipe, device, micro_batch=None, pairs=256):
     """Collapse, seen from the teacher: the mean feature distance within pairs of the student's samples, divided by that within
     pairs of real ones of the same conditions, all four noised to t = 1/2 with one noise. Near 1 = healthy; it falls as the fakes grow alike.
     Each rank reads its part of the batch, or two samples where that is one; a batch of one has no pairs.
@@ -957,21 +966,18 @@ def sample_diversity(world, student, recipe, device, pairs=256):
         x0, cond, gen = x0.to(device), cond.to(device), generator(recipe.seed, k, rank(), "diversity")
         start, noise = (torch.randn(x0.shape, generator=gen).to(device) for _ in range(2))
         noise[n // 2:2 * (n // 2)], half = noise[:n // 2].clone(), torch.full((n,), 0.5, device=device)
-        fake = student_sampler(recipe, len(recipe.times))(student, start, cond)
-        for side, x in enumerate((fake, x0)):
-            f = features(world, interpolate(x, noise, half), half, cond, recipe.taps)[-1].float().flatten(1)
+        sides = [[], []]                                # the deepest map of fakes and reals
+        for at in range(0, n, micro_batch or n):        # no more at once than an iteration takes
+            part = slice(at, at + (micro_batch or n))
+            fake = student_sampler(recipe, len(recipe.times))(student, start[part], cond[part])
+            for side, x in zip(sides, (fake, x0[part])):
+                x_t = interpolate(x, noise[part], half[part])
+                side += [m.float().flatten(1) for m in features(world, x_t, half[part], cond[part], recipe.taps[-1:])]
+        for side, maps in enumerate(sides):
+            f = torch.cat(maps)
             distance[side] += (f[:n // 2] - f[n // 2:2 * (n // 2)]).norm(dim=1).sum().cpu()
     mean_over_ranks_([distance])
     return float(distance[0] / distance[1].clamp(min=1e-12))
-
-
-def lr_scale(recipe, i, student):
-    """The factor on a learning rate at iteration i: the warm-up of both, then the student's decay."""
-    scale = min(1.0, (i + 1) / max(recipe.lr_warmup, 1))
-    if student and recipe.lr_decay != "none":
-        done = i / recipe.iterations
-        scale *= 1 - done if recipe.lr_decay == "linear" else 0.5 + 0.5 * math.cos(math.pi * done)
-    return scale
 
 
 def watch(state, world, recipe, run, options, done, log, device):
@@ -983,7 +989,7 @@ def watch(state, world, recipe, run, options, done, log, device):
     with state.averaged() as student:
         point = world.watch(student, picture)
         if recipe.batch > 1:
-            point["sample_diversity"] = sample_diversity(world, student, recipe, device)
+            point["sample_diversity"] = sample_diversity(world, student, recipe, device, options.micro_batch)
         score = world.score(point)                      # on noise and references that no report uses
         if score is not None and score < least and rank() == 0:
             world.save_student(best, student, iteration=done, score=score)
@@ -1067,7 +1073,7 @@ def parser_for(world_module):
     run.add_argument("--log", choices=("tensorboard", "wandb"), help="log there too, where it is installed")
     run.add_argument("--least-diversity", type=float, default=0.8, metavar="X", help="warn of collapse where sample_diversity falls under this (default %(default)s)")
     run.add_argument("--stop-on-collapse", action="store_true", help="end the run at that warning")
-    run.add_argument("--compile", action="store_true", help="torch.compile the student")
+    run.add_argument("--compile", action="store_true", help="torch.compile the student (Z-Image: the teacher too)")
     run.add_argument("--deterministic", action="store_true", help="equal runs bit for bit on a GPU too (slower; the CPU always is)")
     run.add_argument("--i-know", action="store_true", help="do what is refused as a known way to ruin a run")
     fields = parser.add_argument_group("the recipe (defaults: the recipe's own)")
@@ -1289,8 +1295,11 @@ def run_command(argv):
 
 def main(argv=None):
     """The command line; returns the exit code. Bad input is one line on stderr and 2."""
+    together = False                                    # do all ranks come to their end?
     try:
-        return run_command(sys.argv[1:] if argv is None else argv)
+        code = run_command(sys.argv[1:] if argv is None else argv)
+        together = True
+        return code
     except (UserError, OSError, RuntimeError) as error:
         line = str(error).replace("\n", " ")
         if isinstance(error, RuntimeError):
@@ -1300,8 +1309,8 @@ def main(argv=None):
         print(f"ladd{f' (rank {rank()})' if ranks() > 1 else ''}: {line}", file=sys.stderr)
         return 2
     finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+        if dist.is_available() and dist.is_initialized() and (together or ranks() == 1):
+            dist.destroy_process_group()                # which would wait for ranks that wait for this one: torchrun ends those
 
 
 if __name__ == "__main__":

@@ -648,13 +648,25 @@ GB, BIG = 10 ** 9, 6_154_908_736        # Z-Image's weights
 LORA_64 = 64 * (34 * (4 * 2 * 3840 + 3 * (3840 + 10240)))      # in 34 blocks, of a linear layer of r: r (inputs + outputs)
 
 
-@pytest.mark.parametrize("recipe, options, ranks, memory, disk", [
-    ("zimage", [], 1, 20 * BIG + 2 * BIG, 16 * BIG + 2 * BIG), ("zimage", ["--ema-half-life", "0"], 2, 16 * BIG / 2 + 2 * BIG, 12 * BIG + 2 * BIG),
-    ("zimage", ["--ema-on-host"], 8, 16 * BIG / 8 + 2 * BIG, 18 * BIG),
-    ("zimage", ["--teacher-sharded"], 8, 22 * BIG / 8, 18 * BIG), ("zimage-lora", [], 8, 20 * LORA_64 + 2 * BIG, 16 * LORA_64 + 2 * BIG),
-    ("zimage-lora", ["--ema-on-host", "--dtype", "float32"], 1, 16 * LORA_64 + 4 * BIG, 16 * LORA_64 + 4 * BIG)])
-def test_too_little_memory_or_disk_is_refused_to_the_byte(recipe, options, ranks, memory, disk, tmp_path, capsys, monkeypatch):
+def heads_of(taps, width=256, told=2560 + 64, dim=3840):
+    """Weights of heads on so many taps: per tap the embedding of what it is told, the first norm, two convolutions, FiLM, the output."""
+    emb = 2 * width
+    return taps * (told * emb + emb + emb * emb + emb + 2 * dim + 9 * dim * width + width + 9 * width * width + width
+                   + emb * 4 * width + 4 * width + width + 1)
+
+
+HEADS = heads_of(6)
+
+
+@pytest.mark.parametrize("recipe, options, ranks, memory, checkpoints", [
+    ("zimage", [], 1, 20 * BIG + 2 * BIG, 3 * 16 * BIG), ("zimage", ["--ema-half-life", "0"], 2, 16 * BIG / 2 + 2 * BIG, 3 * 12 * BIG),
+    ("zimage", ["--ema-on-host", "--keep", "1"], 8, 16 * BIG / 8 + 2 * BIG, 2 * 16 * BIG), ("zimage", ["--teacher-sharded"], 8, 22 * BIG / 8, 3 * 16 * BIG),
+    ("zimage-lora", [], 8, 20 * LORA_64 + 2 * BIG, 3 * 16 * LORA_64),
+    ("zimage-lora", ["--ema-on-host", "--dtype", "float32"], 1, 16 * LORA_64 + 4 * BIG, 3 * 16 * LORA_64)])
+def test_too_little_memory_or_disk_is_refused_to_the_byte(recipe, options, ranks, memory, checkpoints, tmp_path, capsys, monkeypatch):
     """The published size, of which no weight is made."""
+    copies = 2 if "--keep" in options else 3
+    memory, disk = memory + 16 * HEADS, checkpoints + copies * 12 * HEADS + (4 if "float32" in options else 2) * BIG
     monkeypatch.setattr(ladd, "ranks", lambda: ranks)
     with torch.device("meta"):
         from diffusers import ZImageTransformer2DModel
@@ -663,7 +675,7 @@ def test_too_little_memory_or_disk_is_refused_to_the_byte(recipe, options, ranks
     parser = ladd.parser_for(zworld)
     world.options = parser.parse_args(["--zimage", "--out", str(tmp_path), *options])
     world.recipe = ladd.override(zworld.RECIPES[recipe], {"ema_half_life": 0.0} if "--ema-half-life" in options else {})
-    world.device, world.dtype = torch.device("cuda"), getattr(torch, world.options.dtype or "bfloat16")
+    world.device, world.dtype, world.cond_dim = torch.device("cuda"), getattr(torch, world.options.dtype or "bfloat16"), 2560
 
     def check(gpu, free):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(total_memory=gpu))
@@ -675,8 +687,13 @@ def test_too_little_memory_or_disk_is_refused_to_the_byte(recipe, options, ranks
     assert f"6.15B parameters, {trained / GB:.2f}B of them trained, on {ranks} ranks: {memory / GB:.1f} GB each" in said
     with pytest.raises(ladd.UserError, match=f"^--zimage: {memory / GB:.1f} GB are needed on each GPU before activations, and it has"):
         check(memory - 1, disk)
-    with pytest.raises(ladd.UserError, match=f"^--out .*: a checkpoint and the student take {disk / GB:.1f} GB and"):
+    with pytest.raises(ladd.UserError, match=f"^--out .*: {copies} checkpoints and the student take {disk / GB:.1f} GB and"):
         check(memory + 1, disk - 1)
+    old = tmp_path / "old" / "checkpoints" / "step-0000001"             # a resumed run's own checkpoints will make room
+    old.mkdir(parents=True)
+    (old / "part").write_bytes(bytes(100))
+    world.options.name, world.options.resume = "old", True
+    check(memory + 1, disk - 100)
 
 
 def test_a_gpu_that_is_too_small_is_refused_before_anything_is_loaded(model, data, tmp_path, capsys, monkeypatch, nothing_loads):

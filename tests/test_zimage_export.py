@@ -257,7 +257,7 @@ def test_export_refuses_bad_options(argv, words, place, tmp_path, capsys, monkey
 
 def test_export_needs_a_diffusers_whose_sigmas_end_right(place, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("diffusers.__version__", "0.38.2")
-    refused(export, [place.run, "--out", tmp_path / "out"], ("0.38.2", "pip install 'diffusers>=0.39'"), tmp_path, capsys)
+    refused(export, [place.run, "--out", tmp_path / "out"], ("0.38.2", "pip install 'diffusers>=0.40'"), tmp_path, capsys)
 
 
 SAMPLING_ERRORS = [

@@ -20,7 +20,7 @@ from ladd import UserError
 from zimage import adapter, evaluate
 from zimage.sampling import DTYPES, command, load_student, open_run, parser_for, read_json
 
-OLDEST = "0.39"         # of diffusers; 0.38 ends its sigmas at 0, so four steps are at 1, .667, .333, 0
+OLDEST = "0.40"         # of diffusers; 0.38 ends its sigmas at 0, so four steps are at 1, .667, .333, 0, and 0.39 does not know `dtype`
 
 
 def check_diffusers():
@@ -49,6 +49,7 @@ def calls(run):
 def model_card(run, name, dtype, steps):
     """README.md: what the model is, how to load it, how it was made, and its figures, where it was evaluated."""
     iteration, recipe = run.about.get("iteration"), run.config["recipe"]
+    kind = "averaged" if run.about.get("weights") == "average" else "the"
     model = str(run.config.get("model") or run.model)
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).exists()
     call, needs = call_for(ladd.step_times(run.times, steps)), f"1 to {len(run.times)} steps" if len(run.times) > 1 else "1 step"
@@ -57,7 +58,7 @@ def model_card(run, name, dtype, steps):
              f"# {name}\n",
              f"A student of {f'[{model}](https://huggingface.co/{model})' if on_hub else model}",
              f"that needs {needs} and no guidance, distilled by LADD (Latent Adversarial Diffusion Distillation,",
-             f"[arXiv 2403.12015](https://arxiv.org/abs/2403.12015)): averaged weights of iteration {iteration}, stored in {dtype}.",
+             f"[arXiv 2403.12015](https://arxiv.org/abs/2403.12015)): {kind} weights of iteration {iteration}, stored in {dtype}.",
              "Its licence is that of the base model.\n",
              "## Use\n",
              f"```python\nimport torch\nfrom diffusers import ZImagePipeline     # diffusers {OLDEST} or newer\n",

@@ -1,6 +1,6 @@
 """Z-Image's transformer over the ranks: building it, sharding it by FSDP2 (torch.distributed.fsdp.fully_shard), gathering it.
 
-Only rank 0 reads the weights; the others are sent their part. One process is a group of one, so there is one code path.
+Only rank 0 reads the weights; the others are sent them tensor by tensor, and keep their part. One process is a group of one, so there is one code path.
 """
 
 import shutil

@@ -130,29 +130,34 @@ class ZImageWorld(ladd.World):
         return self.data.read(start, count, self.recipe.batch, self.recipe.seed)
 
     def fingerprint(self):
-        return {"teacher": self.fingerprint_of_model, **{f"latents.{k}": v for k, v in self.data.about.items()}}
+        return {"teacher": self.fingerprint_of_model, "computed in": self.config["dtype"], **{f"latents.{k}": v for k, v in self.data.about.items()}}
 
     # ---- what it needs of the machine --------------------------------------------------------------------------------
 
     def check_memory(self, skeleton):
-        """Say what the run needs; UserError where weights, gradients and optimizer alone exceed the GPU, or a checkpoint and the student the
-        disk. Per trained weight 4 bytes each for itself, its gradient, AdamW's two moments and its average, if it has one."""
-        n, ranks, rank = sum(p.numel() for p in skeleton.parameters()), ladd.ranks(), self.recipe.lora_rank
-        trained = lora.size(skeleton, rank) if rank else n
-        average = 4 if self.recipe.ema_half_life else 0
-        need = (trained * (16 + (0 if self.options.ema_on_host else average)) / (1 if rank else ranks)
+        """Say what the run needs; UserError where weights, gradients and optimizer alone exceed the GPU, or the checkpoints, one of them
+        being written, and the student the disk. Per trained weight 4 bytes each for itself, its gradient, AdamW's two moments and its
+        average, if it has one; every rank holds all heads."""
+        count = lambda module: sum(p.numel() for p in module.parameters())
+        n, ranks, rank, r = count(skeleton), ladd.ranks(), self.recipe.lora_rank, self.recipe
+        trained, average = lora.size(skeleton, rank) if rank else n, 4 if r.ema_half_life else 0
+        with torch.device("meta"):
+            heads = count(ladd.Heads([skeleton.config["dim"]] * len(r.taps), [1] * len(r.taps), self.cond_dim, r.head_width, r.heads_see_t))
+        need = (trained * (16 + (0 if self.options.ema_on_host else average)) / (1 if rank else ranks) + 16 * heads
                 + n * self.dtype.itemsize / (ranks if self.options.teacher_sharded else 1))
-        disk = trained * (12 + average) + n * self.dtype.itemsize
+        checkpoint, copies = trained * (12 + average) + 12 * heads, self.options.keep + 1
+        disk = copies * checkpoint + n * self.dtype.itemsize
         say(f"{n / 1e9:.2f}B parameters, {trained / 1e9:.2f}B of them trained, on {ranks} ranks: {need / 1e9:.1f} GB each before activations; "
-            f"{disk / 1e9:.1f} GB of disk for a checkpoint and the finished student")
+            f"{disk / 1e9:.1f} GB of disk: {copies} checkpoints of {checkpoint / 1e9:.1f} (one of them being written) and the finished student")
         if self.device.type == "cuda" and need > (have := torch.cuda.get_device_properties(self.device).total_memory):
             raise ladd.UserError(f"--zimage: {need / 1e9:.1f} GB are needed on each GPU before activations, and it has {have / 1e9:.1f}: use "
                                  f"more GPUs, --teacher-sharded, --ema-on-host, --ema-half-life 0 or --recipe zimage-lora")
         folder = Path(self.options.out)
-        free = shutil.disk_usage(folder if folder.exists() else ".").free
+        there = (folder / (self.options.name or "") / "checkpoints").rglob("*") if self.options.resume else ()
+        free = shutil.disk_usage(folder if folder.exists() else ".").free + sum(path.stat().st_size for path in there if path.is_file())
         if disk > free:
-            raise ladd.UserError(f"--out {folder}: a checkpoint and the student take {disk / 1e9:.1f} GB and {free / 1e9:.1f} are free; name "
-                                 f"another folder")
+            raise ladd.UserError(f"--out {folder}: {copies} checkpoints and the student take {disk / 1e9:.1f} GB and {free / 1e9:.1f} are free; "
+                                 f"give a smaller --keep, or another folder")
 
     def prepare(self):
         say(f"{len(self.data)} of the teacher's latents; grids of the first {GRID} of a batch are drawn at every judged point")
@@ -227,13 +232,14 @@ class ZImageWorld(ladd.World):
     # ---- the end -----------------------------------------------------------------------------------------------------
 
     def finish(self, run, student, changed):
-        """The averaged student as run/student/, in the format of diffusers."""
+        """The student (its average, where one is kept) as run/student/, in the format of diffusers."""
         self.watch(student, run / "samples" / "final.png")
         kind = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
         part = fsdp.save_whole(student.transformer, run / "student", kind)
 
         def complete():
-            ladd.write_json(part / "about.json", {"iteration": self.recipe.iterations, "weights": "average", "dtype": str(kind)[6:]})
+            weights = "average" if self.recipe.ema_half_life else "last"
+            ladd.write_json(part / "about.json", {"iteration": self.recipe.iterations, "weights": weights, "dtype": str(kind)[6:]})
             shutil.rmtree(run / "student", ignore_errors=True)
             os.replace(part, run / "student")
             if self.recipe.lora_rank:
