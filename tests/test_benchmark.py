@@ -249,10 +249,10 @@ def test_the_report_holds_the_numbers_of_its_lines(tmp_path, weights):
     rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in first.splitlines() if line.startswith("| ")}
     assert rows["baseline"][:5] == ["", "0, 1, 2", "2.10 ± 0.10", "3.10 ± 0.10", "4.10 ± 0.10"]
     assert rows["hinge"][:2] == ["loss = hinge", "0, 1, 2"] and rows["hinge"][2:5] == ["10.00 ± 1.00", "3.17 ± 0.15", "1.10 ± 0.10"]
-    assert rows["hinge"][5:] == ["0.125 / 0.125 / 0.125", "0.875 / 0.875 / 0.875", "0.750 / 0.750 / 0.750", "0.81", "7, –, 5", "2 of 3",
+    assert rows["hinge"][5:] == ["0.125 / 0.125 / 0.125", "0.875 / 0.875 / 0.875", "0.750 / 0.750 / 0.750", "0.81", "7, –, 5", "2 of 3", "360",
                                  "4: worse, 2: inside the noise, 1: better, × 4.75 / 1.02 / 0.27 (baseline)"]
     assert rows["lr-ratio-2"][1] == "not run" and "77.0" not in text and "no setting's today, 1." in text
-    assert rows["exact-r1"][10] == "0 of 1, 1 diverged" and rows["exact-r1"][11] == "untested (baseline)"
+    assert rows["exact-r1"][10] == "0 of 1, 1 diverged" and rows["exact-r1"][12] == "untested (baseline)"
     assert rows["experiment-3"][1].startswith("not rebuilt") and rows["batch-2"][1] == "not run"
     assert rows["teacher, Heun"] == ["8", "19", "6.12", "0.500", "0.500", "0.500", "3.25"] and "55.50" not in first and "55.50" in second
     assert "| an abacus | toy | 16 | no | 20.5 | 18.8 | 1.09 | 6.2 | 0.5 | 321 |" in second and "Real against real at 1,000 images: FID 1.50" in first
@@ -260,6 +260,31 @@ def test_the_report_holds_the_numbers_of_its_lines(tmp_path, weights):
         assert min(image.size) > 300
     columns = {line.count("|") for line in first[first.index("### Ablations"):first.index("### Peers")].splitlines() if line.startswith("|")}
     assert len(columns) == 1
+
+
+def test_the_readmes_table_is_filled_between_its_marks(tmp_path, weights):
+    for line in [made_up("baseline", (2.0 + k, 3.0, 4.0), seed=k) for k in range(2)] + [made_up("hinge", (1.0 + k / 2, 6.0, 2.0), seed=k) for k in range(2)]:
+        results.append(tmp_path / "r.jsonl", line)
+    readme = tmp_path / "README.md"
+    for old in ("", "an older table\n"):
+        readme.write_text(f"before\n{tables.BEGIN}\n{old}{tables.END}\nafter\n")
+        benchmark.main(["--report", "--results", str(tmp_path / "r.jsonl"), "--docs", str(tmp_path / "docs"), "--weights", str(weights)])
+        text = readme.read_text()
+        assert text.startswith(f"before\n{tables.BEGIN}\n") and text.endswith(f"{tables.END}\nafter\n") and "older" not in text
+        rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
+        assert rows == ["| hinge | loss = hinge | 1.25 ± 0.35 | 6.00 ± 0.00 | 2.00 ± 0.00 | 4: better, 2: worse, 1: better, × 0.50 / 2.00 / 0.50 |",
+                        "| **baseline** |  | 2.50 ± 0.71 | 3.00 ± 0.00 | 4.00 ± 0.00 |  |"]
+        assert "Not run: lr-ratio-2, lr-ratio-20, non-saturating" in text
+
+
+def test_what_the_repository_reports_is_what_its_results_give(tmp_path):
+    root = benchmark.ROOT
+    if not (root / "toy_mnist" / "results.jsonl").exists():
+        pytest.skip("no results are stored")
+    (tmp_path / "README.md").write_text((root / "README.md").read_text())
+    assert benchmark.main(["--report", "--docs", str(tmp_path / "docs")]) == 0
+    for name in ("README.md", "docs/benchmark.md"):
+        assert (tmp_path / name).read_text() == (root / name).read_text(), f"{name}: draw it again by --report"
 
 
 def test_a_report_of_nothing_says_that_nothing_was_run(tmp_path, weights):

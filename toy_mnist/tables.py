@@ -1,4 +1,4 @@
-"""docs/benchmark.md and docs/benchmark.png, from the lines of results.jsonl alone.
+"""docs/benchmark.md, docs/benchmark.png and the README's table of ablations, from the lines of results.jsonl alone.
 
 The test behind "better" and "worse" is the paired t on log FID, two-sided, p < .05, one per step count: runs of one seed see the same draws and
 samples of the teacher and are judged from the same noise, so it is their ratios that are compared. At 3 seeds it has 2 degrees of freedom: three ratios
@@ -19,11 +19,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt     # noqa: E402 (after the choice of a backend that needs no screen)
 
 STEPS = (4, 2, 1)
+BEGIN, END = "<!-- ablations: drawn by python -m toy_mnist.benchmark --report -->", "<!-- end of ablations -->"     # in the README
 PARTNERS = ("baseline", "paper", "regression", "add", "classifier-heads")       # the students among the peers
 CAPTION = """Mean ± standard deviation over the seeds; where there are several figures in a cell they are those of 4, 2 and 1 steps. The last column says of the
 FID at 4, 2 and 1 steps whether it is better or worse than that of the setting named there, and its multiple of that (the geometric mean over seeds): a paired t-test on log FID, seed by seed,
 two-sided, p < .05 in each single test, so of twenty differences that are none one will be called so. "Inside the noise" is a difference that this test does not show; "untested" one with a single seed in common.
-The alarm is ladd's own for collapse, looked for after each quarter of the iterations and listed by seed (– = never); "collapsed" counts the runs that show its signs at their end."""
+The alarm is ladd's own for collapse, looked for after each quarter of the iterations and listed by seed (– = never; early in a short run a student that has not yet learned to draw digits sets it off too); "collapsed" counts the runs that show its signs
+at their end. Seconds are the least over the seeds, of training and looks for collapse, on whatever else the machine was doing."""
 
 
 def log_ratios(runs, others, key):
@@ -76,7 +78,7 @@ def change_words(setting):
 def row(setting, runs, others):
     """One setting's row of the table."""
     if not runs:
-        return f"| {setting.name} | {change_words(setting)} | {setting.missing or 'not run'}" + " |" * 11
+        return f"| {setting.name} | {change_words(setting)} | {setting.missing or 'not run'}" + " |" * 12
     three = lambda key, digits: " / ".join(f"{statistics.mean(v):.{digits}f}" for s in STEPS if (v := values(runs, f"{key}@{s}")))
     diverged, collapsed = (sum(bool(line.get(word)) for line in runs.values()) for word in ("diverged", "collapsed"))
     end = ", ".join([f"{collapsed} of {len(runs)}"] + [f"{diverged} diverged"] * bool(diverged))
@@ -84,20 +86,42 @@ def row(setting, runs, others):
     samples = [line["samples"]["fid"] for line in runs.values() if "samples" in line][:1]
     said = "" if setting.name == "baseline" else f"{verdicts(runs, others)} ({setting.against})"
     cells = [setting.name, change_words(setting), ", ".join(map(str, sorted(runs))), *(spread(values(runs, f"fid@{s}")) for s in STEPS), three("kid", 3),
-             three("accuracy", 3), three("hue_entropy", 3), spread(samples), alarms, end, said]
+             three("accuracy", 3), three("hue_entropy", 3), spread(samples), alarms, end, f"{min(line['seconds'] for line in runs.values()):.0f}", said]
     return "| " + " | ".join(cells) + " |"
 
 
 def settings_table(group, runs_of):
     """The table of a group's settings, and beneath it their notes."""
     chosen = [s for s in SETTINGS.values() if s.group == group and s.name != "teacher"]
-    head = ["| setting | departs by | seeds | FID@4 | FID@2 | FID@1 | KID | accuracy | hue entropy | FID of its real samples | first alarm | collapsed | FID against |",
-            "|" + "---|" * 13]
+    head = ["| setting | departs by | seeds | FID@4 | FID@2 | FID@1 | KID | accuracy | hue entropy | FID of its real samples | first alarm | collapsed | seconds | FID against |",
+            "|" + "---|" * 14]
     if group == "experiments":
         head = ["All six: " + ", ".join(f"{k} = {v}" for k, v in REPORT.items()) + ".", ""] + head
     rows = [row(s, runs_of(s), runs_of(SETTINGS[s.against])) for s in chosen]
     notes = [f"- {s.name}: {s.note}" for s in chosen if s.note and s.note != "the validated recipe itself"]
     return [f"### {group.capitalize()}", "", GROUPS[group], "", *head, *rows, "", *notes, ""]
+
+
+def summary(budget, runs_of):
+    """The README's table: the ablations that were run, the best at 4 steps first, and the names of those that were not."""
+    baseline, geometric = runs_of(SETTINGS["baseline"]), lambda v: math.exp(statistics.mean(map(math.log, v)))
+    chosen = [s for s in SETTINGS.values() if s.group == "ablations"]
+    run = sorted((s for s in chosen if values(runs_of(s), "fid@4")), key=lambda s: geometric(values(runs_of(s), "fid@4")))
+    lines = [f"{in_words(budget)}; mean ± standard deviation over the seeds, × baseline seed by seed:", "",
+             "| setting | departs by | FID, 4 steps | 2 steps | 1 step | against the baseline |", "|" + "---|" * 6]
+    for s in run:
+        cells = [f"**{s.name}**" if s.name == "baseline" else s.name, change_words(s), *(spread(values(runs_of(s), f"fid@{k}")) for k in STEPS),
+                 "" if s.name == "baseline" else verdicts(runs_of(s), baseline)]
+        lines.append("| " + " | ".join(cells) + " |")
+    left = [s.name for s in chosen if s not in run]
+    return lines + ["", "Not run: " + ", ".join(left) + "."] * bool(left)
+
+
+def fill_readme(path, lines):
+    """Put lines between the marks of the README at path, where it has them."""
+    text = path.read_text() if path.exists() else ""
+    if BEGIN in text and END in text:
+        path.write_text("\n".join([text[:text.index(BEGIN)] + BEGIN, "", *lines, "", text[text.index(END):]]))
 
 
 def peers_rows(runs_of):
@@ -167,7 +191,7 @@ def draw(path, runs_of):
 
 
 def write(folder, lines):
-    """Both files; of several budgets the picture shows the one with most runs."""
+    """Both files, and the README beside their folder; of several budgets picture and README show the one with most runs."""
     text = ["# The toy's benchmark", "", "Drawn by `python -m toy_mnist.benchmark --report` from `toy_mnist/results.jsonl`; no number here is typed by hand.", "",
             CAPTION, "", "![benchmark](benchmark.png)", ""]
     runs, budgets = runs_in(lines), []
@@ -189,3 +213,5 @@ def write(folder, lines):
     text += ["## Speed", "", "One iteration (`ladd.step`) beside its network passes, each timed alone in the same process, medians in milliseconds.", "", *speed_table(lines)]
     (folder / "benchmark.md").write_text("\n".join(text) + "\n")
     draw(folder / "benchmark.png", lambda s: budgets[0][2][s.name] if budgets else {})
+    if budgets:
+        fill_readme(folder.resolve().parent / "README.md", summary(budgets[0][1], lambda s: budgets[0][2][s.name]))
