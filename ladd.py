@@ -44,6 +44,10 @@ class UserError(Exception):
     """Bad input: one line that names the field, the value and the way out. The command line prints it and exits with 2."""
 
 
+class Stopped(UserError):
+    """Ended by Ctrl-C or SIGTERM, and saved. The command line exits with 130."""
+
+
 class Diverged(UserError):
     """Three updates in a row had a non-finite gradient."""
 
@@ -809,11 +813,12 @@ def load_weights(path, kind, *keys):
     try:
         about, data = json.loads(path.with_suffix(".json").read_text()), path.read_bytes()
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: it or its .json can't be read ({error}): restore both files") from error
+        raise UserError(f"{path}: it or its .json can't be read ({error}): restore both files, or delete what is left of them to have a "
+                        f"cache made again") from error
     if not isinstance(about, dict) or about.get("schema") != SCHEMA or about.get("kind") != kind or any(k not in about for k in keys):
         raise UserError(f"{path}: not a '{kind}' file of schema {SCHEMA}: restore or make it again")
     if hashlib.sha256(data).hexdigest() != about.get("sha256"):
-        raise UserError(f"{path}: damaged or cut off ({len(data)} bytes, checksum differs from its .json): restore or make it again")
+        raise UserError(f"{path}: damaged or cut off ({len(data)} bytes, checksum differs from its .json): restore both files, or delete them to have a cache made again")
     return load(data), about
 
 
@@ -880,7 +885,8 @@ def load_checkpoint(path, state):
     try:
         dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
     except dcp.CheckpointException as error:
-        raise UserError(f"{path}: does not fit this run ({next(iter(error.failures.values()))[0]})") from error
+        raise UserError(f"{path}: does not fit this run, or is damaged ({next(iter(error.failures.values()))[0]}): delete it, and --resume goes "
+                        f"on from the one before") from error
     return state
 
 
@@ -916,7 +922,8 @@ def train(world, recipe, run, options, device):
     first, newest = 0, from_first(lambda: newest_checkpoint(run) if options.resume else None)
     if newest:
         first = restore(state, newest)
-        say(f"going on from {newest}")
+    if options.resume:
+        say(f"going on from {newest}" if newest else "no whole checkpoint: training starts over")
     began = time.time() - (from_first(lambda: trim_metrics(run, first)) if options.resume else 0)
     if options.compile:
         world.compile(state.student)
@@ -940,13 +947,17 @@ def train(world, recipe, run, options, device):
                     log(done, {**mean, "seconds": time.time() - began})
                     bar.set_postfix({k: f"{mean[k]:.2f}" for k in ("heads_loss", "student_loss", "diversity") if k in mean})
                     window = []
-                if options.evaluate_every and (done % options.evaluate_every == 0 and done < recipe.iterations):
-                    watch(state, world, recipe, run, options, done, log, device)
+                collapsed = False
+                if options.evaluate_every and done % options.evaluate_every == 0 and done < recipe.iterations:
+                    signs = watch(state, world, recipe, run, options, done, log, device)
+                    collapsed = options.stop_on_collapse and any_rank(signs)
                 stopped = any_rank(stop)
-                if done % options.checkpoint_every == 0 or done == recipe.iterations or stopped:
+                if done % options.checkpoint_every == 0 or done == recipe.iterations or stopped or collapsed:
                     save_checkpoint(run, done, snapshot(state, done), options.keep)
+                if collapsed:
+                    raise UserError(f"stopped on collapse after iteration {done}, saved in {run / 'checkpoints'}: look at {run / 'samples'}")
                 if stopped and done < recipe.iterations:
-                    raise UserError(f"stopped after iteration {done}, saved: go on by the same command with --resume --name {run.name}")
+                    raise Stopped(f"stopped after iteration {done}, saved: go on by the same command with --resume --name {run.name}")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -981,7 +992,7 @@ def sample_diversity(world, student, recipe, device, micro_batch=None, pairs=256
 
 
 def watch(state, world, recipe, run, options, done, log, device):
-    """A judged point of the curve and a grid, and the alarm for collapse, which is seen in samples and never in losses."""
+    """A judged point of the curve and a grid, and the alarm for collapse, which is seen in samples and never in losses. Returns its signs."""
     picture, best, least = run / "samples" / f"{done:07d}.png", run / "best.safetensors", math.inf
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):     # none yet, or damaged
         least = float(json.loads(best.with_suffix(".json").read_text())["score"])
@@ -1000,8 +1011,7 @@ def watch(state, world, recipe, run, options, done, log, device):
     if signs:
         if rank() == 0:
             tqdm.write(f"WARNING: iteration {done}: collapse? {'; '.join(signs)}; see {picture}")
-    if options.stop_on_collapse and any_rank(signs):
-        raise UserError(f"stopped on collapse at iteration {done}; the newest checkpoint is {from_first(lambda: newest_checkpoint(run))}")
+    return signs
 
 
 def trim_metrics(run, iteration):
@@ -1275,7 +1285,7 @@ def run_command(argv):
     changed = drift(recipe, module.REFERENCE)
     say("departs from the reference recipe in " + (", ".join(f"{k} = {b} (not {a})" for k, (a, b) in changed.items()) or "nothing"))
     world.prepare()
-    refuse_noise(world.read(0, min(64, recipe.batch))[0], options.i_know)
+    refuse_noise(world.read(0, min(64, recipe.batch))[0], options.i_know or options.resume)
     if options.resume:                                  # a resumed run may be longer
         made_of = {"recipe": dataclasses.asdict(recipe), "drift": changed, "data": world.fingerprint()}
         from_first(lambda: write_json(run / "config.json", {**stored, **made_of}))
@@ -1294,12 +1304,16 @@ def run_command(argv):
 
 
 def main(argv=None):
-    """The command line; returns the exit code. Bad input is one line on stderr and 2."""
-    together = False                                    # do all ranks come to their end?
+    """The command line; returns the exit code: bad input is one line on stderr and 2, Ctrl-C and SIGTERM one line and 130."""
+    together = False                                    # do all ranks come to this end?
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)      # as Ctrl-C
     try:
         code = run_command(sys.argv[1:] if argv is None else argv)
         together = True
         return code
+    except KeyboardInterrupt:                           # outside the loop, which saves
+        print("ladd: stopped; the same command goes on, with --resume --name NAME where the run's folder is there already", file=sys.stderr)
+        return 130
     except (UserError, OSError, RuntimeError) as error:
         line = str(error).replace("\n", " ")
         if isinstance(error, RuntimeError):
@@ -1307,8 +1321,10 @@ def main(argv=None):
                 raise
             line = f"out of memory ({line[:100]} ...): give a smaller --micro-batch, or --samples in the toy"
         print(f"ladd{f' (rank {rank()})' if ranks() > 1 else ''}: {line}", file=sys.stderr)
-        return 2
+        together = isinstance(error, Stopped)
+        return 130 if together else 2
     finally:
+        signal.signal(signal.SIGTERM, before)
         if dist.is_available() and dist.is_initialized() and (together or ranks() == 1):
             dist.destroy_process_group()                # which would wait for ranks that wait for this one: torchrun ends those
 

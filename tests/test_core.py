@@ -1421,7 +1421,7 @@ def test_killed_and_resumed_equals_never_killed(tmp_path, killed_in):
 @pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_after_its_iteration_with_a_checkpoint(tmp_path, which):
     before = signal.getsignal(which)
-    with pytest.raises(UserError, match="after iteration 4, saved.*--resume --name stopped"):
+    with pytest.raises(ladd.Stopped, match="after iteration 4, saved.*--resume --name stopped"):
         train(tmp_path / "stopped", ends_at(tiny.World(), 3, lambda: os.kill(os.getpid(), which)), checkpoint_every=100)
     assert signal.getsignal(which) is before
     assert ladd.newest_checkpoint(tmp_path / "stopped").name == "step-0000004"
@@ -1500,8 +1500,9 @@ def test_collapse_is_called_out_and_ends_the_run_when_asked(tmp_path, few_pairs,
     assert "iteration 3: collapse? all alike" in "".join(capsys.readouterr())
     train(tmp_path / "b", evaluate_every=3, stop_on_collapse=True)          # nothing to call out
     assert [l["collapsed"] for l in lines(tmp_path / "b") if "spread" in l] == [0, 0]
-    with pytest.raises(UserError, match="collapse at iteration 3.*step-0000002"):
+    with pytest.raises(UserError, match="collapse after iteration 3, saved in"):
         train(tmp_path / "c", evaluate_every=3, least_diversity=1e9, stop_on_collapse=True)
+    assert ladd.newest_checkpoint(tmp_path / "c").name == "step-0000003"
 
 
 class Gate(nn.Module):
@@ -1536,9 +1537,31 @@ def test_a_student_that_really_collapses_sets_off_the_alarm(tmp_path, capsys):
     train(tmp_path / "warned", gated(True), r, **options)
     seen, said = judged("warned"), "".join(capsys.readouterr())
     assert seen[3] > 0.8 > seen[6] > seen[9] < 0.5 and "iteration 3: c" not in said and "iteration 6: collapse? sample_diversity 0." in said
-    with pytest.raises(UserError, match="stopped on collapse at iteration 6; the newest checkpoint is .*step-0000003"):
+    with pytest.raises(UserError, match="stopped on collapse after iteration 6, saved in .*checkpoints"):
         train(tmp_path / "stopped", gated(True), r, **options, stop_on_collapse=True)
     assert [l["collapsed"] for l in lines(tmp_path / "stopped") if "collapsed" in l] == [0, 1]
+
+
+def test_ranks_judge_diversity_from_noise_of_their_own_and_by_micro_batches(world, monkeypatch):
+    r, starts = tiny.recipe(batch=16), {}
+    monkeypatch.setattr(ladd, "ranks", lambda: 2)
+    monkeypatch.setattr(ladd, "mean_over_ranks_", lambda tensors: None)
+    for rank, micro_batch in ((0, None), (1, None), (1, 3)):
+        monkeypatch.setattr(ladd, "rank", lambda: rank)
+        seen = starts[rank, micro_batch] = []
+        student = lambda x, t, cond: (seen.append(x[t == 1]), torch.zeros_like(x))[1]
+        ladd.sample_diversity(world, student, r, CPU, micro_batch, pairs=8)
+    alone, other, parts = (torch.cat([x for x in starts[key] if len(x)]) for key in starts)
+    assert alone.shape == other.shape == (8, *tiny.SHAPE) and not torch.isclose(alone, other).any()
+    assert torch.equal(other, parts) and [len(x) for x in starts[1, 3] if len(x)] == [3, 3, 2]
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 8])
+def test_micro_batches_judge_the_same_diversity(world, micro_batch):
+    world.x0 = 3 * world.x0
+    r, student = tiny.recipe(batch=16), Known(world, lambda x: 0.5 * x)
+    whole = ladd.sample_diversity(world, student, r, CPU, pairs=16)
+    assert 0.2 < whole < 0.9 and ladd.sample_diversity(world, student, r, CPU, micro_batch, pairs=16) == pytest.approx(whole, rel=1e-4)
 
 
 def test_a_batch_of_one_has_no_diversity_and_no_false_alarm(tmp_path):
@@ -1765,9 +1788,10 @@ def test_trouble_on_one_rank_is_trouble_on_both(two_ranks):
     for f in found:
         assert f["skipped"] == [0, 0, 1, 0, 0] and f["finite"]
         assert "iteration 6: the third non-finite" in f["diverged"] and f["diverged"].endswith("step-0000006")
-        assert "stopped on collapse at iteration 3" in f["collapsed"] and f["collapsed"].endswith("step-0000002")
+        assert "stopped on collapse after iteration 3, saved in" in f["collapsed"]
         assert "stopped after iteration 4, saved" in f["stopped"]
     assert ladd.newest_checkpoint(folder / "stopped").name == "step-0000004"
+    assert ladd.newest_checkpoint(folder / "collapsed").name == "step-0000003"
 
 
 def test_what_two_ranks_have_saved_is_whole_and_one_can_load_it(two_ranks):

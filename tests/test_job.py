@@ -248,6 +248,16 @@ def test_killed_before_the_first_checkpoint_and_resumed_is_never_killed(uninterr
     assert metrics(out / "early") == metrics(uninterrupted)             # no line twice
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_job_that_is_stopped_outside_its_training_ends_with_one_line(job, monkeypatch, capsys, out, number):
+    before = signal.getsignal(number)
+    monkeypatch.setattr(world.ToyWorld, "prepare", lambda self: os.kill(os.getpid(), number))
+    code, _ = job("--name", "unborn")
+    error = capsys.readouterr().err
+    assert code == 130 and "ladd: stopped; the same command goes on" in error and "Traceback" not in error
+    assert signal.getsignal(number) == before and not (out / "unborn").exists()
+
+
 @pytest.mark.parametrize("after", [0, 1])
 def test_a_terminated_run_saves_says_how_to_go_on_and_goes_on(uninterrupted, plain, job, out, monkeypatch, capsys, after):
     step = ladd.step
@@ -260,7 +270,7 @@ def test_a_terminated_run_saves_says_how_to_go_on_and_goes_on(uninterrupted, pla
     monkeypatch.setattr(ladd, "step", step_and_signal)
     monkeypatch.setattr(report, "draw_start", lambda *args: None)
     code, _ = job("--name", name, "--evaluate-every", "0", "--log-every", "1")
-    assert code == 2 and f"--resume --name {name}" in capsys.readouterr().err
+    assert code == 130 and f"--resume --name {name}" in capsys.readouterr().err
     assert [p.name for p in (out / name / "checkpoints").iterdir()] == [f"step-{after + 1:07d}"]
     assert signal.getsignal(signal.SIGTERM) == handler
     monkeypatch.setattr(ladd, "step", step)
@@ -653,6 +663,12 @@ def test_noise_for_real_samples_is_refused(job, capsys, out, monkeypatch):
     monkeypatch.setattr(world.ToyWorld, "read", lambda self, start, count: (noise[:count], torch.zeros(count, dtype=torch.long), noise[:count]))
     refused(job("--name", "noise")[0], capsys, "noise", "--i-know")
     assert not (out / "noise").exists()
+    for name in ("draw_start", "finish"):
+        monkeypatch.setattr(world.ToyWorld, name, lambda self, *args: None)
+    assert job("--name", "noise", "--i-know")[0] == 0
+    shutil.rmtree(out / "noise" / "checkpoints")
+    code, printed = job("--name", "noise", "--resume", tiny=[])         # it was said once
+    assert code == 0 and "no whole checkpoint: training starts over" in printed
 
 
 def test_a_resume_under_another_recipe_is_refused(uninterrupted, job, out, capsys):

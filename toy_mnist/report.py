@@ -95,7 +95,7 @@ def write(world, run, student, changed):
              f"{world.options.judge_samples} images a row against 10,000 real ones.",
              "Hue entropy of real images: " + f"{world.judge.hue_entropy:.3f}.",
              f"Teacher: Euler on EDM's grid, guidance {recipe.guidance:g} for t in [{recipe.guidance_low:g}, {recipe.guidance_high:g}]; "
-             f"student: averaged weights, {recipe.sampler} sampler, no guidance."]
+             f"student: {'averaged' if recipe.ema_half_life else 'last'} weights, {recipe.sampler} sampler, no guidance."]
     if smaller:
         notes.append("A smaller run than the reference recipe: " + ", ".join(smaller) + ".")
     table = markdown_table(rows, n, floor)
@@ -104,10 +104,10 @@ def write(world, run, student, changed):
                                           "recipe": dataclasses.asdict(recipe), "drift": changed,
                                           "command": world.options.command, **ladd.versions()})
     (run / "report.md").write_text(f"# {run.name}\n\n{table}\n" + "\n".join(notes) + "\n\n" +
-                                   "\n".join(f"- {k} = {v:.2f}" for k, v in ratios.items()) + "\n\n![report](report.png)\n")
+                                   "\n".join(f"- FID, {k} = {v:.2f}" for k, v in ratios.items()) + "\n\n![report](report.png)\n")
     draw_report(world, run, student, rows)
     print("\n" + table + "\n" + "\n".join(notes))
-    print("  ".join(f"{k} {v:.2f}" for k, v in ratios.items()))
+    print("FID: " + "  ".join(f"{k} {v:.2f}" for k, v in ratios.items()))
     print(f"see {run / 'report.png'}")
 
 

@@ -167,17 +167,16 @@ def speed_table(lines):
 
 def draw(path, runs_of):
     """Left: each ablation's FID as a multiple of the baseline's. Right: the peers' FID against milliseconds per image."""
-    baseline = {s: values(runs_of(SETTINGS["baseline"]), f"fid@{s}") for s in STEPS}
-    run = [(s, r) for s in SETTINGS.values() if s.group == "ablations" and values(r := runs_of(s), "fid@4") and baseline[4]]
+    baseline = runs_of(SETTINGS["baseline"])
+    run = [(s, r) for s in SETTINGS.values() if s.group == "ablations" and s.name != "baseline" and log_ratios(r := runs_of(s), baseline, "fid@4")]
     fig, (left, right) = plt.subplots(1, 2, figsize=(15, max(5, 0.28 * len(run) + 1.5)))
     for k, s in enumerate(STEPS):
         for y, (setting, runs) in enumerate(run):
-            v = values(runs, f"fid@{s}")
-            v = [a / statistics.mean(baseline[s]) for a in v]
+            v = [math.exp(d) for d in log_ratios(runs, baseline, f"fid@{s}")]
             left.errorbar(statistics.mean(v), y + 0.2 * (k - 1), xerr=statistics.stdev(v) if len(v) > 1 else None, fmt="o", markersize=3, color=f"C{k}",
                           label=f"{s} steps" if not y else None)
     left.set_yticks(range(len(run)), [setting.name for setting, _ in run], fontsize=8), left.invert_yaxis(), left.axvline(1, color="grey", linewidth=0.8)
-    left.set_xscale("log"), left.set_title("FID ÷ the baseline's (mean and standard deviation over seeds)", fontsize=10)
+    left.set_xscale("log"), left.set_title("FID ÷ the baseline's of the same seed (mean and standard deviation)", fontsize=10)
     for name, by_steps in peers_rows(runs_of).items():
         points = sorted((min(r["ms_per_image"] for r in rows), statistics.mean(r["fid"] for r in rows)) for rows in by_steps.values())
         right.plot(*zip(*points), marker="o", markersize=4, linewidth=1, label=name, linestyle=":" if name.startswith("teacher") else "-")

@@ -219,7 +219,7 @@ class ZImageWorld(ladd.World):
         from the same noise, both ÷ the teacher's variance. Figures to watch, no measure of quality."""
         samples = self.grid_samples()
         made, x0 = self.student_rows(student, *samples), samples[0]
-        self.draw(path, [(x0, "teacher")] + [(z, f"student, {s} steps, averaged weights") for s, z in made.items()])
+        self.draw(path, [(x0, "teacher")] + [(z, f"student, {s} steps" + ", averaged weights" * bool(self.recipe.ema_half_life)) for s, z in made.items()])
         return {f"{k}@{s}": float(v / x0.var()) for s, z in made.items() for k, v in (("variance", z.var()), ("distance", (z - x0).square().mean()))}
 
     def score(self, point):
