@@ -818,7 +818,8 @@ def load_weights(path, kind, *keys):
     if not isinstance(about, dict) or about.get("schema") != SCHEMA or about.get("kind") != kind or any(k not in about for k in keys):
         raise UserError(f"{path}: not a '{kind}' file of schema {SCHEMA}: restore or make it again")
     if hashlib.sha256(data).hexdigest() != about.get("sha256"):
-        raise UserError(f"{path}: damaged or cut off ({len(data)} bytes, checksum differs from its .json): restore both files, or delete them to have a cache made again")
+        raise UserError(f"{path}: damaged or cut off ({len(data)} bytes, checksum differs from its .json): restore both files, or delete "
+                        f"them to have a cache made again")
     return load(data), about
 
 
