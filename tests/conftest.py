@@ -1,7 +1,9 @@
-"""Lets the tests find ladd.py and their own helpers from any folder."""
+"""Lets the tests find ladd.py and their own helpers from any folder. One thread each: models are tiny, and the files run side by side."""
 
+import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]

@@ -602,7 +602,7 @@ def rewritten(path, change):
 
 @pytest.mark.parametrize("change", [lambda a: a.pop("config"), lambda a: a.update(config=3), lambda a: a["config"].pop("sigma_data"), lambda a: a["config"].update(width="8"),
                                     lambda a: a["config"].update(sigma_data="half"), lambda a: a["config"].update(width=16), lambda a: a.update(schema=2),
-                                    lambda a: a.update(kind="toy judge"), lambda a: a.update(sha256=""), lambda a: [a], lambda a: a.pop("schema")], ids=str)
+                                    lambda a: a.update(kind="toy judge"), lambda a: a.update(sha256=""), lambda a: [a], lambda a: a.pop("schema")], ids=range(11))
 def test_a_teacher_that_says_other_things_of_itself_is_refused(job, weights, capsys, tmp_path, change):
     shutil.copytree(weights, tmp_path / "weights")
     rewritten(tmp_path / "weights" / "teacher.json", change)
