@@ -554,9 +554,9 @@ class Terms:
 class Pass(types.SimpleNamespace):
     """One micro-batch on its way through the iteration; terms read from it.
 
-    x0, cond, noise (where it is stored), paired [B] (is eps that noise?), head_cond [B, D], the draws t, eps, t_hat, eps_hat, t_real, eps_real; x_t,
-    x0_hat; real_t and fake_t (both noised again); real_maps, fake_maps (the teacher's features), real_logits; key: the seed, the
-    iteration and the place in the joint batch, by which a term keys draws of its own.
+    x0, cond, noise (where it is stored), paired [B] (is eps that noise?), head_cond [B, D], the draws t, eps, t_hat, eps_hat,
+    t_real, eps_real; x_t, x0_hat; real_t and fake_t (both noised again); real_maps, fake_maps (the teacher's features),
+    real_logits; key: the seed, the iteration and the place in the joint batch, by which a term keys draws of its own.
     """
 
 
@@ -1009,9 +1009,8 @@ def watch(state, world, recipe, run, options, done, log, device):
     if point.get("sample_diversity", math.inf) < options.least_diversity:
         signs.append(f"sample_diversity {point['sample_diversity']:.2f} is under {options.least_diversity}")
     log(done, {**point, "collapsed": float(bool(signs))})
-    if signs:
-        if rank() == 0:
-            tqdm.write(f"WARNING: iteration {done}: collapse? {'; '.join(signs)}; see {picture}")
+    if signs and rank() == 0:
+        tqdm.write(f"WARNING: iteration {done}: collapse? {'; '.join(signs)}; see {picture}")
     return signs
 
 

@@ -585,7 +585,7 @@ def test_with_inception_every_floor_is_inceptions_own(tmp_path, monkeypatch):
     assert judge(images[:200], label[:200])["fid"] == pytest.approx(0, abs=1e-6)        # the reference itself
     assert judge(images[400:], label[400:], watch=True)["fid"] == pytest.approx(0, abs=1e-6)
     said, world = [], types.SimpleNamespace(
-        judge=judge, recipe=toy_world.TOY, options=types.SimpleNamespace(judge_samples=200), reported_steps=lambda: [1], draw_noise=lambda *key: (None, label[:60]),
+        judge=judge, recipe=toy_world.TOY, options=types.SimpleNamespace(judge_samples=200), watched=1000, watched_steps=lambda: [1], draw_noise=lambda *key: (None, label[:60]),
         sample_student=lambda steps: None, run_sampler=lambda *a: (images[:60], {}), sample_grid=lambda *a: images[:60])
     monkeypatch.setattr(toy_world.tqdm, "write", said.append)
     toy_world.ToyWorld.watch(world, None, tmp_path / "a.png")

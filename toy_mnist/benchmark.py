@@ -34,7 +34,6 @@ from toy_mnist.settings import GROUPS, SETTINGS, departures, recipe_for
 from toy_mnist.world import PAPER, TOY
 
 ROOT = Path(ladd.__file__).parent
-LOOK = 500                  # images of a look for collapse
 JUDGED = ("fid", "kid", "accuracy", "hue_entropy")
 PASSED_ON = ("iterations", "batch", "samples", "judge_samples", "device", "out", "results", "weights", "data_root")
 
@@ -61,6 +60,8 @@ def budget_of(options):
 class Benchmarked:
     """What a world does otherwise in the benchmark: one run at a time makes its samples; they are judged once, then students alone."""
 
+    watched = 500
+
     def prepare(self):
         n = self.options.judge_samples
         path = self.cache_path(f"judged-{n}-{self.judge.about['sha256'][:8]}").with_suffix(".json")
@@ -71,15 +72,8 @@ class Benchmarked:
                 ladd.write_json(path, {**getattr(self, "teacher_cost", {}), **self.judge(torch.cat(x), torch.cat(label))})
         self.samples_row = json.loads(path.read_text())
 
-    def watch(self, student, path):
-        """A look for collapse, at the most steps alone, where `signs` looks for it."""
-        noise, label = self.draw_noise(min(LOOK, self.options.judge_samples), self.recipe.seed, "curve")
-        most = self.reported_steps()[0]
-        x, _ = self.run_sampler(self.sample_student(most), student, noise, label, "look")
-        figures = self.judge(x, label, watch=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        world.save_image(x[:40], path, nrow=10, normalize=True, value_range=(-1, 1))
-        return {f"{k}@{most}": figures[k] for k in ("fid", "accuracy", "hue_entropy")}
+    def watched_steps(self):
+        return self.reported_steps()[:1]                # where `signs` looks for collapse
 
     def score(self, point):
         """None: no best student is kept."""

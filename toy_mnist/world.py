@@ -104,6 +104,7 @@ class Counted:
 
 class ToyWorld(ladd.World):
     shape, cond_dim, early_exit, reference = SHAPE, 10, True, REFERENCE
+    watched = 1000              # images of a judged point, for each of `watched_steps`
 
     def __init__(self, recipe, options, device):
         if not 200 <= options.judge_samples <= 10 ** 6:
@@ -230,15 +231,15 @@ class ToyWorld(ladd.World):
         return self.run_sampler(self.sample_student(steps), student, noise, torch.arange(60) % 10, "grid")[0]
 
     def watch(self, student, path):
-        """A judged point of the run's curve (1,000 images per step count, on noise and references that no report uses) and a grid."""
-        noise, label = self.draw_noise(min(1000, self.options.judge_samples), self.recipe.seed, "curve")
+        """A judged point of the run's curve, on noise and references that no report uses, and a grid."""
+        noise, label = self.draw_noise(min(self.watched, self.options.judge_samples), self.recipe.seed, "curve")
         point = {}
-        for steps in self.reported_steps():
+        for steps in self.watched_steps():
             x, _ = self.run_sampler(self.sample_student(steps), student, noise, label, "judge")
             figures = self.judge(x, label, watch=True)
             point |= {f"{k}@{steps}": figures[k] for k in ("fid", "accuracy", "hue_entropy")}
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_image(torch.cat([self.sample_grid(student, s)[:20] for s in self.reported_steps()]), path, nrow=10, normalize=True, value_range=(-1, 1))
+        save_image(torch.cat([self.sample_grid(student, s)[:20] for s in self.watched_steps()]), path, nrow=10, normalize=True, value_range=(-1, 1))
         tqdm.write(f"real {self.judge.watch_floor:.3g}  " + "  ".join(f"{k} {v:.3g}" for k, v in point.items() if not k.startswith("accuracy")))
         return point
 
@@ -250,6 +251,9 @@ class ToyWorld(ladd.World):
 
     def reported_steps(self):
         return [s for s in (4, 2, 1) if s <= len(self.recipe.times)]
+
+    def watched_steps(self):
+        return self.reported_steps()
 
     def draw_sample(self, run, steps):
         """--sample: a grid from a finished run."""

@@ -59,13 +59,13 @@ def read_weights(folder):
     return {k: v for path in weight_files(folder) for k, v in load_file(path).items()}
 
 
-def build(skeleton, read, dtype, device, sharded, compute_dtype, frozen):
-    """The skeleton with parameters of dtype on device; sharded over the ranks or whole on each of them.
+def build(model, read, dtype, device, sharded, compute_dtype, frozen):
+    """model, a skeleton, with parameters of dtype on device; sharded over the ranks or whole on each of them.
 
     read() -> {name: tensor}, its weights, asked for on rank 0 alone. compute_dtype: what a sharded one computes in (gradients are reduced in float32). frozen: no gradients for its weights; its root
     then stays gathered, since FSDP cannot gather it again for a backward pass that begins at a tap.
     """
-    model = torch.nn.Module.to(skeleton, dtype).requires_grad_(not frozen)      # diffusers' own `to` warns in vain
+    model = torch.nn.Module.to(model, dtype).requires_grad_(not frozen)      # diffusers' own `to` warns in vain
     weights = {k: v.to(dtype) for k, v in read().items()} if ladd.rank() == 0 else {}
     if sharded:
         mesh = init_device_mesh(device.type, (ladd.ranks(),))
