@@ -19,6 +19,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt     # noqa: E402 (after the choice of a backend that needs no screen)
 
 STEPS = (4, 2, 1)
+HEAD = ("setting", "departs by", "seeds", "FID@4", "FID@2", "FID@1", "KID", "accuracy", "hue entropy", "FID of its real samples", "first alarm", "collapsed", "seconds",
+        "FID against")
+BRIEF = ("setting", "FID@4", "FID@2", "FID@1", "accuracy", "hue entropy", "first alarm", "collapsed", "FID against")        # in the README, but for ablations
 BEGIN, END = "<!-- ablations: drawn by python -m toy_mnist.benchmark --report -->", "<!-- end of ablations -->"     # in the README
 PARTNERS = ("baseline", "paper", "regression", "add", "classifier-heads")       # the students among the peers
 CAPTION = """Mean ± standard deviation over the seeds; where there are several figures in a cell they are those of 4, 2 and 1 steps. The last column says of the
@@ -75,45 +78,52 @@ def change_words(setting):
     return ", ".join(words + [f"world = {setting.world}"] * (setting.world != SETTINGS[setting.against].world)).replace("'", "")
 
 
-def row(setting, runs, others):
-    """One setting's row of the table."""
+def cells(setting, runs, others):
+    """One setting's row of the table: {heading: text}. runs, others: {seed: line} of it and of the one that it is held against."""
     if not runs:
-        return f"| {setting.name} | {change_words(setting)} | {setting.missing or 'not run'}" + " |" * 12
+        return {**dict.fromkeys(HEAD, ""), "setting": setting.name, "departs by": change_words(setting), "seeds": setting.missing or "not run"}
     three = lambda key, digits: " / ".join(f"{statistics.mean(v):.{digits}f}" for s in STEPS if (v := values(runs, f"{key}@{s}")))
     diverged, collapsed = (sum(bool(line.get(word)) for line in runs.values()) for word in ("diverged", "collapsed"))
     end = ", ".join([f"{collapsed} of {len(runs)}"] + [f"{diverged} diverged"] * bool(diverged))
     alarms = ", ".join(str(line.get("first_alarm") or "–") for _, line in sorted(runs.items()))
     samples = [line["samples"]["fid"] for line in runs.values() if "samples" in line][:1]
     said = "" if setting.name == "baseline" else f"{verdicts(runs, others)} ({setting.against})"
-    cells = [setting.name, change_words(setting), ", ".join(map(str, sorted(runs))), *(spread(values(runs, f"fid@{s}")) for s in STEPS), three("kid", 3),
+    texts = [setting.name, change_words(setting), ", ".join(map(str, sorted(runs))), *(spread(values(runs, f"fid@{s}")) for s in STEPS), three("kid", 3),
              three("accuracy", 3), three("hue_entropy", 3), spread(samples), alarms, end, f"{min(line['seconds'] for line in runs.values()):.0f}", said]
-    return "| " + " | ".join(cells) + " |"
+    return dict(zip(HEAD, texts, strict=True))
+
+
+def markdown(head, rows):
+    """Lines of a table: the headings and, from each dict of rows, the texts under them."""
+    return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(r[k] for k in head) + " |" for r in rows)]
 
 
 def settings_table(group, runs_of):
     """The table of a group's settings, and beneath it their notes."""
     chosen = [s for s in SETTINGS.values() if s.group == group and s.name != "teacher"]
-    head = ["| setting | departs by | seeds | FID@4 | FID@2 | FID@1 | KID | accuracy | hue entropy | FID of its real samples | first alarm | collapsed | seconds | FID against |",
-            "|" + "---|" * 14]
-    if group == "experiments":
-        head = ["All six: " + ", ".join(f"{k} = {v}" for k, v in REPORT.items()) + ".", ""] + head
-    rows = [row(s, runs_of(s), runs_of(SETTINGS[s.against])) for s in chosen]
+    shared = ["All six: " + ", ".join(f"{k} = {v}" for k, v in REPORT.items()) + ".", ""] if group == "experiments" else []
+    rows = [cells(s, runs_of(s), runs_of(SETTINGS[s.against])) for s in chosen]
     notes = [f"- {s.name}: {s.note}" for s in chosen if s.note and s.note != "the validated recipe itself"]
-    return [f"### {group.capitalize()}", "", GROUPS[group], "", *head, *rows, "", *notes, ""]
+    return [f"### {group.capitalize()}", "", GROUPS[group], "", *shared, *markdown(HEAD, rows), "", *notes, ""]
 
 
 def summary(budget, runs_of):
-    """The README's table: the ablations that were run, the best at 4 steps first, and the names of those that were not."""
+    """The README's tables: the ablations that were run, the best at 4 steps first, what was run of the other groups, and the names of what was not."""
     baseline, geometric = runs_of(SETTINGS["baseline"]), lambda v: math.exp(statistics.mean(map(math.log, v)))
     chosen = [s for s in SETTINGS.values() if s.group == "ablations"]
     run = sorted((s for s in chosen if values(runs_of(s), "fid@4")), key=lambda s: geometric(values(runs_of(s), "fid@4")))
     lines = [f"{in_words(budget)}; mean ± standard deviation over the seeds, × baseline seed by seed:", "",
              "| setting | departs by | FID, 4 steps | 2 steps | 1 step | against the baseline |", "|" + "---|" * 6]
     for s in run:
-        cells = [f"**{s.name}**" if s.name == "baseline" else s.name, change_words(s), *(spread(values(runs_of(s), f"fid@{k}")) for k in STEPS),
+        texts = [f"**{s.name}**" if s.name == "baseline" else s.name, change_words(s), *(spread(values(runs_of(s), f"fid@{k}")) for k in STEPS),
                  "" if s.name == "baseline" else verdicts(runs_of(s), baseline)]
-        lines.append("| " + " | ".join(cells) + " |")
-    left = [s.name for s in chosen if s not in run]
+        lines.append("| " + " | ".join(texts) + " |")
+    for group in ("experiments", "peers"):
+        others = [s for s in SETTINGS.values() if s.group == group and s.name != "teacher" and values(runs_of(s), "fid@4")]
+        if others:
+            lines += ["", f"{GROUPS[group]} Figures of 4 / 2 / 1 steps, alarms by seed:", ""]
+            lines += markdown(BRIEF, [cells(s, runs_of(s), runs_of(SETTINGS[s.against])) for s in others])
+    left = [s.name for s in SETTINGS.values() if not runs_of(s) and not s.missing]
     return lines + ["", "Not run: " + ", ".join(left) + "."] * bool(left)
 
 
