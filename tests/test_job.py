@@ -248,8 +248,16 @@ def test_killed_before_the_first_checkpoint_and_resumed_is_never_killed(uninterr
     assert metrics(out / "early") == metrics(uninterrupted)             # no line twice
 
 
+@pytest.fixture
+def heard():
+    """Ctrl-C as a program in the foreground hears it; a shell's background job is started with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-def test_a_job_that_is_stopped_outside_its_training_ends_with_one_line(job, monkeypatch, capsys, out, number):
+def test_a_job_that_is_stopped_outside_its_training_ends_with_one_line(job, monkeypatch, capsys, out, heard, number):
     before = signal.getsignal(number)
     monkeypatch.setattr(world.ToyWorld, "prepare", lambda self: os.kill(os.getpid(), number))
     code, _ = job("--name", "unborn")
