@@ -281,7 +281,7 @@ def test_the_readmes_table_is_filled_between_its_marks(tmp_path, weights):
 def test_the_readme_shows_experiments_and_peers_once_they_were_run():
     runs = {name: {k: made_up(name, (f + k, f, 2 * f), seed=k, alarm=alarm) for k in range(2)} for name, f, alarm in
             (("baseline", 1.0, None), ("experiment-1", 4.0, 5), ("experiment-1-rescue", 2.0, None), ("add", 3.0, None))}
-    runs["teacher"] = {0: {}}
+    runs |= {"teacher": {0: {}}, "wasserstein": {0: made_up("wasserstein", ())}}
     text = "\n".join(tables.summary(BUDGET, lambda s: runs.get(s.name, {})))
     three = "0.875 / 0.875 / 0.875 | 0.750 / 0.750 / 0.750"
     assert f"| experiment-1 | 4.50 ± 0.71 | 4.00 ± 0.00 | 8.00 ± 0.00 | {three} | 5, 5 | 2 of 2 | " in text
@@ -289,7 +289,8 @@ def test_the_readme_shows_experiments_and_peers_once_they_were_run():
     assert f"| add | 3.50 ± 0.71 | 3.00 ± 0.00 | 6.00 ± 0.00 | {three} | –, – | 0 of 2 | untested (paper) |" in text
     assert text.index(settings.GROUPS["experiments"]) < text.index(settings.GROUPS["peers"])
     left = text[text.index("Not run: "):].split(", ")
-    assert "experiment-2" in left and "regression" in left and not {"experiment-1", "experiment-3", "add", "teacher"} & set(left)
+    assert "experiment-2" in left and "regression" in left and not {"experiment-1", "experiment-3", "add", "teacher", "wasserstein"} & set(left)
+    assert "Diverged in every run: wasserstein." in text
 
 
 def test_what_the_repository_reports_is_what_its_results_give(tmp_path):

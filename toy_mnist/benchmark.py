@@ -3,7 +3,7 @@
     python -m toy_mnist.benchmark --list                     the settings, and how far each has been run
     python -m toy_mnist.benchmark [--only NAME,...] [--seeds 0,1,2] [--jobs N]      run what is missing
     python -m toy_mnist.benchmark --speed                    an iteration's time beside its network passes
-    python -m toy_mnist.benchmark --report                   docs/benchmark.md, docs/benchmark.png, the README's table: from the results alone
+    python -m toy_mnist.benchmark --report                   docs/benchmark.md, docs/benchmark.png, the README's tables: from the results alone
 
 Every finished run is a line of toy_mnist/results.jsonl and is not run again; a killed one goes on from its checkpoint by the same
 command. What a line holds is compared only with lines of the same budget (iterations, batch, samples, images judged, device, teacher and judge).

@@ -75,7 +75,7 @@ ABLATIONS = [
     ablation("guidance-1", "samples of the teacher without guidance", guidance=1.0),
     ablation("guidance-4", "guided by 4, for the same t", guidance=4.0),
     ablation("samples-1000", samples=1_000),
-    ablation("samples-50000", "or as many as the run reads", samples=50_000),
+    ablation("samples-50000", samples=50_000),
     ablation("no-average", "the last weights are judged", ema_half_life=0.0),
     ablation("heads-narrow", head_width=32),
     ablation("heads-wide", head_width=128),
@@ -93,7 +93,7 @@ ABLATIONS = [
 REPORT = {**departures(PAPER), "guidance": 4.0, "guidance_low": 0.0, "guidance_high": 1.0, "student_lr": 1e-4, "head_lr": 5e-5,
           "adv_weight": 0.1, "distill_weight": 1.0, "distill_below": 0.99}
 PAIRED = dict(paired_share=1.0, distill_below=1.0)
-OPEN = "Left open: batch, optimizer, whether the squared error was taken at t = 1 too (here: below). Its 20,000 iterations are cut to the budget's, and its samples to those that so many read."
+OPEN = "Left open: batch, optimizer, whether the squared error was taken at t = 1 too (here: below). Its 20,000 iterations are cut to the budget's."
 EARLY = ("stem", "enc.0", "enc.1", "enc.2", "enc.3")
 NINE = ("enc.0", "enc.1", "enc.2", "enc.3", "mid.1", "dec.0", "dec.1", "dec.2", "dec.3")
 

@@ -1,4 +1,4 @@
-"""docs/benchmark.md, docs/benchmark.png and the README's table of ablations, from the lines of results.jsonl alone.
+"""docs/benchmark.md, docs/benchmark.png and the README's tables, from the lines of results.jsonl alone.
 
 The test behind "better" and "worse" is the paired t on log FID, two-sided, p < .05, one per step count: runs of one seed see the same draws and
 samples of the teacher and are judged from the same noise, so it is their ratios that are compared. At 3 seeds it has 2 degrees of freedom: three ratios
@@ -28,7 +28,7 @@ CAPTION = """Mean ± standard deviation over the seeds; where there are several 
 FID at 4, 2 and 1 steps whether it is better or worse than that of the setting named there, and its multiple of that (the geometric mean over seeds): a paired t-test on log FID, seed by seed,
 two-sided, p < .05 in each single test, so of twenty differences that are none one will be called so. "Inside the noise" is a difference that this test does not show; "untested" one with a single seed in common.
 The alarm is ladd's own for collapse, looked for after each quarter of the iterations and listed by seed (– = never; early in a short run a student that has not yet learned to draw digits sets it off too); "collapsed" counts the runs that show its signs
-at their end. Seconds are the least over the seeds, of training and looks for collapse, on whatever else the machine was doing."""
+at their end. A setting that names more samples than its run reads was given as many as it reads. Seconds are the least over the seeds, of training and looks for collapse, on whatever else the machine was doing."""
 
 
 def log_ratios(runs, others, key):
@@ -112,19 +112,19 @@ def summary(budget, runs_of):
     baseline, geometric = runs_of(SETTINGS["baseline"]), lambda v: math.exp(statistics.mean(map(math.log, v)))
     chosen = [s for s in SETTINGS.values() if s.group == "ablations"]
     run = sorted((s for s in chosen if values(runs_of(s), "fid@4")), key=lambda s: geometric(values(runs_of(s), "fid@4")))
-    lines = [f"{in_words(budget)}; mean ± standard deviation over the seeds, × baseline seed by seed:", "",
-             "| setting | departs by | FID, 4 steps | 2 steps | 1 step | against the baseline |", "|" + "---|" * 6]
-    for s in run:
-        texts = [f"**{s.name}**" if s.name == "baseline" else s.name, change_words(s), *(spread(values(runs_of(s), f"fid@{k}")) for k in STEPS),
-                 "" if s.name == "baseline" else verdicts(runs_of(s), baseline)]
-        lines.append("| " + " | ".join(texts) + " |")
+    own = lambda s: {"setting": "**baseline**", "against the baseline": ""} if s.name == "baseline" else {"against the baseline": verdicts(runs_of(s), baseline)}
+    lines = [f"{in_words(budget)}; mean ± standard deviation over the seeds, × baseline seed by seed:", ""]
+    lines += markdown(("setting", "departs by", "FID@4", "FID@2", "FID@1", "against the baseline"), [{**cells(s, runs_of(s), baseline), **own(s)} for s in run])
     for group in ("experiments", "peers"):
         others = [s for s in SETTINGS.values() if s.group == group and s.name != "teacher" and values(runs_of(s), "fid@4")]
         if others:
             lines += ["", f"{GROUPS[group]} Figures of 4 / 2 / 1 steps, alarms by seed:", ""]
             lines += markdown(BRIEF, [cells(s, runs_of(s), runs_of(SETTINGS[s.against])) for s in others])
     left = [s.name for s in SETTINGS.values() if not runs_of(s) and not s.missing]
-    return lines + ["", "Not run: " + ", ".join(left) + "."] * bool(left)
+    diverged = [s.name for s in SETTINGS.values() if s.name != "teacher" and runs_of(s) and not values(runs_of(s), "fid@4")]
+    for words, names in (("Diverged in every run", diverged), ("Not run", left)):
+        lines += ["", f"{words}: {', '.join(names)}."] * bool(names)
+    return lines
 
 
 def fill_readme(path, lines):
