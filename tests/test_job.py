@@ -707,16 +707,16 @@ def test_a_damaged_run_is_not_resumed(uninterrupted, job, tmp_path, capsys, name
     assert student(tmp_path / "run") == student(uninterrupted)
 
 
-def test_a_resume_with_another_teacher_is_refused(uninterrupted, weights, job, out, capsys, tmp_path):
+def test_a_resume_with_another_teacher_is_refused(uninterrupted, weights, job, plain, out, capsys, tmp_path):
     shutil.copytree(weights, tmp_path / "weights")
     tensors, about = ladd.load_weights(weights / "teacher.safetensors", kind="toy teacher")
     ladd.save_weights(tmp_path / "weights" / "teacher.safetensors", {k: v + 0.01 for k, v in tensors.items()},
                       {k: about[k] for k in ("kind", "config")})
     refused(job("--name", "whole", "--resume", "--weights", str(tmp_path / "weights"), tiny=[])[0], capsys, "teacher", "--i-know")
     shutil.copytree(uninterrupted, out / "another-teacher")             # told so, the run is from then on one of that teacher
-    again = ["--name", "another-teacher", "--resume", "--weights", str(tmp_path / "weights"), "--iterations"]
-    assert job(*again, "5", "--i-know", tiny=[])[0] == 0
-    assert job(*again, "6", tiny=[])[0] == 0
+    again = ["another-teacher", "--resume", "--weights", str(tmp_path / "weights"), "--iterations"]
+    plain(*again, "5", "--i-know", tiny=[])
+    plain(*again, "6", tiny=[])
 
 
 def test_a_finished_run_may_go_on_for_longer(uninterrupted, plain, out):

@@ -9,7 +9,7 @@ import pytest
 
 import ladd
 from test_job import TINY, make_teacher
-from toy_mnist import world
+from toy_mnist import report, world
 
 SMALL = [*TINY, "--judge-samples", "200", "--checkpoint-every", "1", "--evaluate-every", "0", "--device", "cpu"]
 
@@ -64,17 +64,22 @@ def small_parts():
 
 @pytest.fixture(scope="module")
 def whole(weights, folder):
-    assert ladd.main(job(weights, folder / "whole")) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write", lambda *args: None)
+        assert ladd.main(job(weights, folder / "whole")) == 0
     return (folder / "whole" / "run" / "student.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_killed_and_resumed_is_never_killed(phase, weights, folder, whole):
+def test_killed_and_resumed_is_never_killed(phase, weights, folder, whole, monkeypatch):
     out = folder / phase.replace(" ", "-")
     driver = DRIVER.format(root=str(Path(ladd.__file__).parent), target=PHASES[phase])
     done = subprocess.run([sys.executable, "-c", driver, *job(weights, out)], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     assert (out / "run").exists() == (phase != "sampling the teacher")      # no run's folder before its samples are whole
+    if phase != "judging":                              # of the others the student alone is looked at
+        monkeypatch.setattr(report, "write", lambda *args: None)
     assert ladd.main(job(weights, out, *(["--resume"] if (out / "run").exists() else []))) == 0
     assert (out / "run" / "student.safetensors").read_bytes() == whole
+    assert (out / "run" / "report.md").exists() == (phase == "judging")
     assert not list(out.rglob("*.part-*")) and not list(out.rglob("*.part"))

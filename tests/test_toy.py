@@ -802,6 +802,18 @@ def test_distillation_counts_the_times_up_to_its_limit_where_the_input_tells_of_
     assert float(value) == pytest.approx(3.0 * sum(error[i] for i in counts) / 4, rel=1e-5)
 
 
+@pytest.mark.parametrize("power, weights", [(0.0, [1, 1, 1, 1]), (1.0, [1, 4 / 3, 2, 4]), (2.0, [1, 16 / 9, 4, 16])])
+def test_distillation_is_divided_by_a_power_of_t(power, weights):
+    p = some_pass()                                                     # t = 1, .75, .5, .25
+    p.paired = torch.ones(4, dtype=torch.bool)
+    value = float(variants.distillation(recipe(distill_weight=3.0, distill_below=1.0, distill_power=power, paired_share=0.5))(p, None))
+    error = ((p.x0_hat - p.x0) ** 2).mean((1, 2, 3)).tolist()
+    assert value == pytest.approx(3.0 * sum(w * e for w, e in zip(weights, error)) / 4, rel=1e-5)
+    if power == 2:
+        v, target = (ladd.x0_to_velocity(torch.randn(p.x0.shape, generator=ladd.generator(7)), x0, p.t) for x0 in (p.x0_hat, p.x0))
+        assert value == pytest.approx(3.0 * float((v - target).square().mean()), rel=1e-4)
+
+
 def score_teacher(x_t, t, cond):
     """A velocity that tells the label from none (10) and depends on x_t and t."""
     return 0.3 * x_t + column(t) + 0.7 * (cond != 10).float()[:, None, None, None]

@@ -17,6 +17,7 @@ from toy_mnist.settings import GROUPS, REPORT, SETTINGS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt     # noqa: E402 (after the choice of a backend that needs no screen)
+from matplotlib.ticker import LogLocator, NullLocator     # noqa: E402
 
 STEPS = (4, 2, 1)
 HEAD = ("setting", "departs by", "seeds", "FID@4", "FID@2", "FID@1", "KID", "accuracy", "hue entropy", "FID of its real samples", "first alarm", "collapsed", "seconds",
@@ -192,6 +193,8 @@ def draw(path, runs_of):
         right.plot(*zip(*points), marker="o", markersize=4, linewidth=1, label=name, linestyle=":" if name.startswith("teacher") else "-")
     right.set_xscale("log"), right.set_yscale("log"), right.set_xlabel("ms per image"), right.set_title("FID against time per image, 1 to 8 steps", fontsize=10)
     for ax in (left, right):
+        for axis in (ax.xaxis, ax.yaxis)[:1 + (ax is right)]:               # plain numbers in place of powers of ten
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5))), axis.set_minor_locator(NullLocator()), axis.set_major_formatter("{x:g}")
         if ax.has_data() and ax.get_legend_handles_labels()[1]:
             ax.legend(fontsize=8)
     fig.tight_layout()

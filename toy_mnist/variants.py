@@ -95,13 +95,15 @@ def misaligned(recipe, world):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def distillation(recipe):
-    """Squared error of the student's guess to the teacher's sample, for times up to `distill_below`.
+    """Squared error of the student's guess to the teacher's sample, divided by t^`distill_power`, for times up to `distill_below`.
+
+    The guess moves t times as far as the velocity that the network gives, so at power 0 a late step hardly learns; 2 is the velocity's squared error.
 
     Where noise is fresh, the input says nothing of this very x0 at t = 1, nor at t < 1 under `backward_simulation`: such samples
     are left to the adversarial loss.
     """
     def term(p, state):
-        error = (p.x0_hat - p.x0).square().flatten(1).mean(1)
+        error = (p.x0_hat - p.x0).square().flatten(1).mean(1) / p.t ** recipe.distill_power
         tied = p.paired | ((p.t < 1) & (not recipe.backward_simulation))
         return recipe.distill_weight * (error * (tied & (p.t <= recipe.distill_below))).mean()
     term.__name__ = "distill_loss"

@@ -37,6 +37,7 @@ class ToyRecipe(ladd.Recipe):
     gradient_penalty: float = note(0.0, "weight of the gradient penalty of loss = wasserstein", 0, 1e6)
     distill_weight: float = note(0.0, "weight of the squared error to x0, the sample that the noise led to", 0, 1e6)
     distill_below: float = note(0.99, "... for times t up to this one (1 = all: that needs paired_share)", 0, 1)
+    distill_power: float = note(0.0, "... divided by t to this power (2 = the squared error of the velocity)", 0, 4)
     approximate_r1: float = note(0.0, "weight of approximate R1 on the re-noised sample", 0, 1e6)
     approximate_r1_std: float = note(0.01, "noise of approximate R1", 1e-6, 1)
     misaligned: float = note(0.0, "weight of real samples with a wrong condition as fakes", 0, 1e6)

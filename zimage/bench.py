@@ -132,7 +132,7 @@ def median_seconds(device, jobs):
 
 def matmul_rate(device, dtype):
     """FLOP/s of products of large square matrices: what utilisation is a share of."""
-    side = 8192 if device.type == "cuda" else 1024
+    side = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     return 10 * 2 * side ** 3 / median_seconds(device, [lambda: [a @ b for _ in range(10)]] * (WARM + 5))
 
