@@ -18,8 +18,7 @@ from test_job import make_teacher
 from test_toy import grey_digits
 from toy_mnist import benchmark, judge, peers, results, settings, speed, tables, world
 from toy_mnist.edm import CUNet
-from toy_mnist.settings import SETTINGS
-from toy_mnist.world import TOY
+from toy_mnist.settings import BASE, SETTINGS
 
 TINY = ["--iterations", "3", "--batch", "4", "--samples", "20", "--judge-samples", "200", "--set", "teacher_steps=2", "--set", "head_width=8",
         "--set", "warmup=1", "--device", "cpu"]
@@ -58,9 +57,9 @@ def started(monkeypatch):
 # ---- settings ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
-def test_a_settings_recipe_is_valid_and_departs_from_toy_as_stated(setting):
-    recipe = dataclasses.replace(settings.recipe_for(setting, {"iterations": 20_000}, TOY.seed), iterations=TOY.iterations)
-    stated = {k: v for k, v in setting.changes.items() if setting.group != "experiments" or v != getattr(TOY, k)}     # these state what TOY has too
+def test_a_settings_recipe_is_valid_and_departs_from_the_baseline_as_stated(setting):
+    recipe = dataclasses.replace(settings.recipe_for(setting, {"iterations": 20_000}, BASE.seed), iterations=BASE.iterations)
+    stated = {k: v for k, v in setting.changes.items() if setting.group != "experiments" or v != getattr(BASE, k)}    # these state what BASE has too
     assert settings.departures(recipe) == stated and (stated or setting.name == "baseline" or setting.missing or setting.world != "toy")
     assert setting.against in SETTINGS and setting.group in settings.GROUPS
     modules = dict((peers.Classifier() if setting.world == "add" else CUNet(8, 32)).named_modules())

@@ -798,7 +798,7 @@ def test_distillation_counts_the_times_up_to_its_limit_where_the_input_tells_of_
     p = some_pass()                                                     # t = 1, .75, .5, .25
     p.paired = torch.tensor(paired, dtype=torch.bool)
     error = ((p.x0_hat - p.x0) ** 2).mean((1, 2, 3)).tolist()
-    value = variants.distillation(recipe(distill_weight=3.0, distill_below=below, paired_share=0.5, backward_simulation=simulated))(p, None)
+    value = variants.distillation(recipe(distill_weight=3.0, distill_below=below, paired_share=0.5, backward_simulation=simulated), None)(p, None)
     assert float(value) == pytest.approx(3.0 * sum(error[i] for i in counts) / 4, rel=1e-5)
 
 
@@ -806,12 +806,51 @@ def test_distillation_counts_the_times_up_to_its_limit_where_the_input_tells_of_
 def test_distillation_is_divided_by_a_power_of_t(power, weights):
     p = some_pass()                                                     # t = 1, .75, .5, .25
     p.paired = torch.ones(4, dtype=torch.bool)
-    value = float(variants.distillation(recipe(distill_weight=3.0, distill_below=1.0, distill_power=power, paired_share=0.5))(p, None))
+    value = float(variants.distillation(recipe(distill_weight=3.0, distill_below=1.0, distill_power=power, paired_share=0.5), None)(p, None))
     error = ((p.x0_hat - p.x0) ** 2).mean((1, 2, 3)).tolist()
     assert value == pytest.approx(3.0 * sum(w * e for w, e in zip(weights, error)) / 4, rel=1e-5)
     if power == 2:
         v, target = (ladd.x0_to_velocity(torch.randn(p.x0.shape, generator=ladd.generator(7)), x0, p.t) for x0 in (p.x0_hat, p.x0))
         assert value == pytest.approx(3.0 * float((v - target).square().mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("t, steps, times", [(0.75, 5, [0.75, 0.5625, 0.375, 0.1875]), (0.5, 5, [0.5, 1 / 3, 1 / 6]), (0.6, 5, [0.6, 0.4, 0.2]), (0.25, 1, [0.25])])
+def test_the_teachers_way_down_has_even_steps_no_longer_than_asked(t, steps, times):
+    assert variants.way_down(t, steps) == pytest.approx(times)
+
+
+def test_continued_is_the_teachers_guided_euler_from_where_the_student_is():
+    world, x = EchoWorld(lambda x, t, cond: torch.sin(x) + column(t) * cond[:, None, None, None]), 0.3 * torch.randn(4, 3, 6, 6, generator=ladd.generator(1))
+    world.guide = lambda velocity: lambda x, t, cond: velocity(x, t, 2 * cond)
+    cond, y = torch.arange(4), x
+    for t, dt in ((0.5, 1 / 6), (1 / 3, 1 / 6), (1 / 6, 1 / 6)):
+        y = y - dt * (torch.sin(y) + t * 2 * column(cond))
+    assert float(y.abs().max()) > 1
+    torch.testing.assert_close(variants.continued(world, x, 0.5, cond, 5), y.clamp(-1, 1))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_fresh_noise_is_distilled_to_where_the_teacher_goes_from_the_students_first_step(share):
+    """A teacher whose velocity is x_t itself: one Euler step from t leaves (1 - t) x_t."""
+    r, world, student = recipe(distill_weight=3.0, distill_below=1.0, distill_fresh=1, paired_share=0.5, backward_simulation=True), EchoWorld(), lambda x, t, cond: 0.5 * x
+    world.guide = lambda velocity: velocity
+    p = some_pass(8)
+    p.paired = torch.arange(8) < 8 * share
+    p.x_t = variants.backward_simulation(r)(p, student)
+    p.x0_hat = (p.x_t - column(p.t) * 0.5 * p.x_t).requires_grad_()
+    first = p.eps - 0.25 * 0.5 * p.eps                                  # Euler from 1 to .75, for every sample alike
+    target = torch.where(column(p.paired.float()) > 0, p.x0, (0.25 * first).clamp(-1, 1))
+    value = variants.distillation(r, world)(p, None)
+    value.backward()
+    torch.testing.assert_close(value.detach(), 3 * (p.x0_hat.detach() - target).square().mean())
+    torch.testing.assert_close(p.x0_hat.grad, 6 * (p.x0_hat.detach() - target) / p.x0.numel())       # none through the target
+
+
+@pytest.mark.parametrize("changes", [dict(distill_weight=0.0), dict(backward_simulation=False), dict(times=(1.0,), time_probs=(1.0,), warmup_probs=(1.0,))])
+def test_a_target_for_fresh_noise_is_refused_without_what_it_needs(changes):
+    recipe(distill_weight=1.0, distill_fresh=5, backward_simulation=True)
+    with pytest.raises(ladd.UserError, match="distill_fresh = 5"):
+        recipe(**{**dict(distill_weight=1.0, distill_fresh=5, backward_simulation=True), **changes})
 
 
 def score_teacher(x_t, t, cond):

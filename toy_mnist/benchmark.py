@@ -104,7 +104,7 @@ def job(setting, seed, options):
     text = lambda v: ",".join(map(str, v)) if isinstance(v, tuple) else str(v)
     argv = ["--toy", "--out", options.out, "--name", run.name, "--weights", options.weights, "--judge-samples", str(options.judge_samples),
             "--evaluate-every", str(max(1, recipe.iterations // 4)), "--keep", "1"]
-    argv += [f"--{k.replace('_', '-')}={text(v)}" for k, v in departures(recipe).items()]
+    argv += [f"--{k.replace('_', '-')}={text(v)}" for k, v in departures(recipe, TOY).items()]
     argv += [f"--{k.replace('_', '-')}={getattr(options, k)}" for k in ("device", "data_root") if getattr(options, k)]
     return recipe, argv + ["--i-know"] * (recipe.head_lr <= recipe.student_lr), run
 

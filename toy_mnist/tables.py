@@ -75,7 +75,7 @@ def change_words(setting):
     if setting.missing:
         return ""
     base = SETTINGS[setting.against].changes if setting.against != "baseline" else REPORT if setting.group == "experiments" else {}
-    words = [f"{k} = {v}" for k, v in setting.changes.items() if base.get(k) != v] + [f"{k} as in TOY" for k in base if k not in setting.changes]
+    words = [f"{k} = {v}" for k, v in setting.changes.items() if base.get(k) != v] + [f"{k} as in the baseline" for k in base if k not in setting.changes]
     return ", ".join(words + [f"world = {setting.world}"] * (setting.world != SETTINGS[setting.against].world)).replace("'", "")
 
 
@@ -104,7 +104,7 @@ def settings_table(group, runs_of):
     chosen = [s for s in SETTINGS.values() if s.group == group and s.name != "teacher"]
     shared = ["All six: " + ", ".join(f"{k} = {v}" for k, v in REPORT.items()) + ".", ""] if group == "experiments" else []
     rows = [cells(s, runs_of(s), runs_of(SETTINGS[s.against])) for s in chosen]
-    notes = [f"- {s.name}: {s.note}" for s in chosen if s.note and s.note != "the validated recipe itself"]
+    notes = [f"- {s.name}: {s.note}" for s in chosen if s.note]
     return [f"### {group.capitalize()}", "", GROUPS[group], "", *shared, *markdown(HEAD, rows), "", *notes, ""]
 
 
@@ -145,7 +145,7 @@ def peers_rows(runs_of):
         for line in runs_of(SETTINGS[name]).values():
             for s in STEPS if line["figures"] else ():
                 r = {"nfe": s, "ms_per_image": line["figures"][f"ms@{s}"], **{k: line["figures"][f"{k}@{s}"] for k in ("fid", "kid", "accuracy", "hue_entropy")}}
-                families.setdefault({"baseline": "LADD, TOY", "paper": "LADD, the paper's"}.get(name, name), {}).setdefault(s, []).append(r)
+                families.setdefault({"baseline": "LADD, baseline", "paper": "LADD, the paper's"}.get(name, name), {}).setdefault(s, []).append(r)
     return families
 
 

@@ -3,6 +3,8 @@
 Everything here is off unless a recipe turns it on. A term is a function (Pass, State) -> scalar; see `ladd.Pass`.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -94,17 +96,37 @@ def misaligned(recipe, world):
 # Terms of the student's loss, and its input
 # ---------------------------------------------------------------------------------------------------------------------
 
-def distillation(recipe):
+def way_down(t, steps):
+    """Times from t on, evenly, for Euler steps no longer than 1 / steps."""
+    n = math.ceil(steps * t - 1e-9)
+    return [t * (1 - k / n) for k in range(n)]
+
+
+def continued(world, x_t, t, cond, steps):
+    """Where the teacher goes from x_t [B, ...], at one time t for all, on its `way_down`: x0 [B, ...], guided and clamped as its samples are."""
+    return ladd.sample_euler(world.guide(world.teacher), x_t / t, way_down(t, steps), cond).clamp(-1, 1)     # the sampler begins at x_t = t noise
+
+
+def distillation(recipe, world):
     """Squared error of the student's guess to the teacher's sample, divided by t^`distill_power`, for times up to `distill_below`.
 
     The guess moves t times as far as the velocity that the network gives, so at power 0 a late step hardly learns; 2 is the velocity's squared error.
 
     Where noise is fresh, the input says nothing of this very x0 at t = 1, nor at t < 1 under `backward_simulation`: such samples
-    are left to the adversarial loss.
+    are left to the adversarial loss, or, with `distill_fresh`, get a target of their own at every t: where the teacher goes from the student's first
+    step (to times[1]). From there the teacher still ends on samples as good as its own, from further down the student's way it no longer does.
+    (Targets of the teacher's on the student's own way down: Imagine Flash, arXiv 2405.05224.)
     """
     def term(p, state):
-        error = (p.x0_hat - p.x0).square().flatten(1).mean(1) / p.t ** recipe.distill_power
-        tied = p.paired | ((p.t < 1) & (not recipe.backward_simulation))
+        target, tied = p.x0, p.paired | ((p.t < 1) & (not recipe.backward_simulation))
+        fresh = (~p.paired).nonzero()[:, 0]
+        if recipe.distill_fresh and len(fresh):
+            s = recipe.times[1]
+            begun = ladd.expand(p.t < 1, p.eps)
+            first = torch.where(begun, p.first_step, ladd.interpolate(p.x0_hat.detach(), p.eps, torch.full_like(p.t, s)))
+            target, tied = p.x0.clone(), torch.ones_like(p.paired)
+            target[fresh] = continued(world, first[fresh], s, p.cond[fresh], recipe.distill_fresh)
+        error = (p.x0_hat - target).square().flatten(1).mean(1) / p.t ** recipe.distill_power
         return recipe.distill_weight * (error * (tied & (p.t <= recipe.distill_below))).mean()
     term.__name__ = "distill_loss"
     return term
@@ -136,7 +158,7 @@ def score_distillation(recipe, world):
 def backward_simulation(recipe):
     """DMD2 (arXiv 2405.14867): for t < 1 the input is what the student itself makes on its way down from the noise.
 
-    Euler steps, as at inference, for every sample down to its own t; without graph.
+    Euler steps, as at inference, for every sample down to its own t; without graph. p.first_step: after the first of them, for t < 1.
     """
     def student_input(p, student):
         x = p.eps.clone()
@@ -146,6 +168,8 @@ def backward_simulation(recipe):
                 if len(on):
                     v = student(x[on], torch.full((len(on),), t, device=x.device), p.cond[on])
                     x[on] = x[on] + (t_next - t) * v
+                if t == recipe.times[0]:
+                    p.first_step = x.clone()
         return x
     return student_input
 
@@ -156,7 +180,7 @@ def terms(recipe, world):
     add_heads = [f for on, f in ((recipe.gradient_penalty, lambda: gradient_penalty(recipe)),
                                  (recipe.approximate_r1, lambda: approximate_r1(recipe, world)),
                                  (recipe.misaligned, lambda: misaligned(recipe, world))) if on]
-    add_student = [f for on, f in ((recipe.distill_weight, lambda: distillation(recipe)),
+    add_student = [f for on, f in ((recipe.distill_weight, lambda: distillation(recipe, world)),
                                    (recipe.score_weight, lambda: score_distillation(recipe, world))) if on]
     return ladd.Terms(heads_loss, student_loss, backward_simulation(recipe) if recipe.backward_simulation else None,
                       tuple(f() for f in add_heads), tuple(f() for f in add_student))

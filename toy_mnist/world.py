@@ -38,6 +38,7 @@ class ToyRecipe(ladd.Recipe):
     distill_weight: float = note(0.0, "weight of the squared error to x0, the sample that the noise led to", 0, 1e6)
     distill_below: float = note(0.99, "... for times t up to this one (1 = all: that needs paired_share)", 0, 1)
     distill_power: float = note(0.0, "... divided by t to this power (2 = the squared error of the velocity)", 0, 4)
+    distill_fresh: int = note(0, "its target for fresh noise: where the teacher goes from the student's first step, in steps of 1 / this (0 = none)", 0, 1000)
     approximate_r1: float = note(0.0, "weight of approximate R1 on the re-noised sample", 0, 1e6)
     approximate_r1_std: float = note(0.01, "noise of approximate R1", 1e-6, 1)
     misaligned: float = note(0.0, "weight of real samples with a wrong condition as fakes", 0, 1e6)
@@ -49,6 +50,9 @@ class ToyRecipe(ladd.Recipe):
         super().__post_init__()
         if self.distill_weight and self.distill_below >= 1 and not self.paired_share:
             raise ladd.UserError(f"distill_below = {self.distill_below}: at t = 1 a fresh noise says nothing of x0; give 0.99, or a paired_share")
+        if self.distill_fresh and not (self.distill_weight and self.backward_simulation and len(self.times) > 1):
+            raise ladd.UserError(f"distill_fresh = {self.distill_fresh}: it needs a distill_weight, backward_simulation, which takes the student's first step, "
+                                 "and a second time to take it to")
         if self.guidance_low > self.guidance_high:
             raise ladd.UserError(f"guidance_low = {self.guidance_low}, guidance_high = {self.guidance_high}: guidance would hold nowhere; "
                                  f"for none, give guidance 1")
@@ -57,7 +61,7 @@ class ToyRecipe(ladd.Recipe):
 
 
 TAPS = ("enc.1", "enc.3", "mid.1", "dec.1", "dec.3")
-LENGTH = dict(iterations=750, batch=64, warmup=50, taps=TAPS)     # the paper's warm-up of 500 would be most of so short a run
+LENGTH = dict(iterations=500, batch=64, warmup=50, taps=TAPS)     # the paper's warm-up of 500 would be most of so short a run
 
 # The paper's method: hinge, its times and probabilities, t-hat ~ LogitNormal(1, 1) drawn for each side by itself, and the
 # adversarial loss alone. Learning rates, heads and the average are ours: the paper gives none.
@@ -65,7 +69,8 @@ PAPER = ToyRecipe(**LENGTH, share_noise=False)
 
 # The validated recipe. Its departures from the paper: the README says what each of them is for.
 TOY = ToyRecipe(**LENGTH, time_probs=(0.5, 0.2, 0.15, 0.15), student_lr=2e-4, head_lr=2e-3, heads_see_t=True,
-                loss="relativistic", adv_weight=0.5, paired_share=0.5, distill_weight=1.0, distill_below=1.0, backward_simulation=True)
+                loss="relativistic", adv_weight=0.5, paired_share=0.5, distill_weight=1.0, distill_below=1.0, distill_power=2.0, distill_fresh=5,
+                backward_simulation=True)
 RECIPES = {"toy": TOY, "paper": PAPER}
 REFERENCE = TOY
 
@@ -214,9 +219,10 @@ class ToyWorld(ladd.World):
                 float(self.teacher(x, t, label).sum())
         f, r = (time.time() - began) / 3 / 64, self.recipe
         more = max(0, self.options.judge_samples - r.samples)
-        double = sum(r.guidance != 1 and r.guidance_low <= t <= r.guidance_high for t in time_grid(r.teacher_steps))
-        stages = {"teacher's samples": f * (more + (0 if cached else r.samples)) * (r.teacher_steps + double),
-                  "distillation": f * r.iterations * r.batch * (6 + 6.5 / r.gen_every),    # heads included, as measured
+        passes = lambda times: len(times) + sum(r.guidance != 1 and r.guidance_low <= t <= r.guidance_high for t in times)
+        further = (1 - r.paired_share) * passes(variants.way_down(r.times[1], r.distill_fresh)) if r.distill_fresh else 0
+        stages = {"teacher's samples": f * (more + (0 if cached else r.samples)) * passes(time_grid(r.teacher_steps)),
+                  "distillation": f * r.iterations * r.batch * (6 + (6.5 + further) / r.gen_every),    # heads included, as measured
                   "judging": f * self.options.judge_samples * 40 + 20}
         print("expected here: " + ", ".join(f"{k} {v / 60:.1f} min" for k, v in stages.items())
               + f"; together about {sum(stages.values()) / 60:.0f} min")
