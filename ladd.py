@@ -556,7 +556,7 @@ class Pass(types.SimpleNamespace):
 
     x0, cond, noise (where it is stored), paired [B] (is eps that noise?), head_cond [B, D], the draws t, eps, t_hat, eps_hat,
     t_real, eps_real; x_t, x0_hat; real_t and fake_t (both noised again); real_maps, fake_maps (the teacher's features),
-    real_logits; key: the seed, the iteration and the place in the joint batch, by which a term keys draws of its own.
+    real_logits; what a `student_input` leaves for the terms; key: the seed, the iteration and the place in the joint batch, by which a term keys draws of its own.
     """
 
 
@@ -1134,7 +1134,7 @@ def resolve_recipe(world_module, options):
             stored = read_config(name, "recipe")["recipe"]
         except UserError as error:
             raise UserError(f"--recipe {error}, and none of {', '.join(world_module.RECIPES)}") from error
-        recipe = override(world_module.REFERENCE, stored)
+        recipe = override(type(world_module.REFERENCE)(), stored)       # a field newer than the file has its default: off
     fields = {f.name: f for f in dataclasses.fields(recipe)}
     given = {k[7:]: v for k, v in vars(options).items() if k.startswith("recipe_") and v is not None}
     return override(recipe, {k: parse_value(fields[k], v) for k, v in given.items()})
@@ -1279,7 +1279,8 @@ def run_command(argv):
         stored = read_config(run / "config.json", "recipe", "data")
         if checkpoints(run) and step_of(checkpoints(run)[-1]) > recipe.iterations:
             raise UserError(f"iterations = {recipe.iterations}: run {run.name} has come to {checkpoints(run)[-1].name}; give at least that many")
-        other = unlike({**stored["recipe"], **stored["data"], "iterations": 0}, {**dataclasses.asdict(recipe), **world.fingerprint(), "iterations": 0})
+        before = {**dataclasses.asdict(type(recipe)()), **stored["recipe"], **stored["data"], "iterations": 0}
+        other = unlike(before, {**dataclasses.asdict(recipe), **world.fingerprint(), "iterations": 0})
         if other and not options.i_know:
             raise UserError(f"--resume: run {run.name} was made otherwise: {'; '.join(other)}; start a new run, or --i-know")
     changed = drift(recipe, module.REFERENCE)

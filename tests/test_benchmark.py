@@ -411,21 +411,22 @@ def test_the_teacher_is_judged_by_each_of_its_samplers(bench, monkeypatch):
 
 # ---- speed ------------------------------------------------------------------------------------------------------------
 
-def test_the_passes_timed_alone_are_those_of_a_step(weights, tmp_path):
-    recipe, cpu = tiny_recipe("baseline", head_width=8), torch.device("cpu")
+@pytest.mark.parametrize("name", ["baseline", "fresh-target"])
+def test_the_passes_timed_alone_are_those_of_a_step(name, weights, tmp_path):
+    recipe, cpu = tiny_recipe(name, head_width=8), torch.device("cpu")
     made, calls = world.ToyWorld(recipe, toy_options(weights, tmp_path), cpu), []
     made.x0 = made.noise = torch.randn(20, *made.shape)
     made.labels = torch.arange(20) % 10
     state = ladd.State(made, recipe, cpu)
-    for name, module in (("student", state.student), ("teacher", made.teacher.net.stem), ("heads", state.heads)):
-        module.register_forward_hook(lambda m, inputs, output, name=name: calls.append((name, len(inputs[0]) if name != "heads" else recipe.batch)))
+    for who, module in (("student", state.student), ("teacher", made.teacher.net.stem), ("heads", state.heads)):
+        module.register_forward_hook(lambda m, inputs, output, who=who: calls.append((who, len(inputs[0]) if who != "heads" else recipe.batch)))
     parts, networks = speed.passes(made, state, recipe, cpu, 60)
     count = {}
-    for name, (before, run) in parts.items():
+    for part, (before, run) in parts.items():
         before(), calls.clear(), run()
-        count[name] = sorted(calls)
-    assert sorted(c for name in networks for c in count[name]) == count["step"] and ("teacher", 4) in count["step"]
-    assert [name for name in parts if name not in networks] == ["step", "data and draws", "clipping, optimizers, average"]
+        count[part] = sorted(calls)
+    assert sorted(c for part in networks for c in count[part]) == count["step"] and ("teacher", 4) in count["step"]
+    assert [part for part in parts if part not in networks] == ["step", "data and draws", "clipping, optimizers, average"]
     assert all(p.grad is None for p in state.student.parameters())      # the update that is timed is a whole one
 
 
@@ -433,7 +434,7 @@ def test_speed_writes_its_lines(bench, monkeypatch):
     monkeypatch.setattr(speed, "ROUNDS", 1)
     code, printed, lines = bench("--speed", "--batches", "4")
     made = [l for l in lines if l["kind"] == "speed"]
-    assert code == 0 and [l["recipe"] for l in made] == ["toy", "paper"] and printed.count(": ratio ") == 2
+    assert code == 0 and [l["recipe"] for l in made] == ["toy", "baseline", "paper"] and printed.count(": ratio ") == 3
     for line in made:
         assert line["batch"] == 4 and line["networks_ms"] == pytest.approx(sum(line["parts_ms"][k] for k in line["networks"]))
         assert line["ratio"] == pytest.approx(line["step_ms"] / line["networks_ms"]) and 0.3 < line["ratio"] < 10 and line["memory_mb"] > 10

@@ -1841,6 +1841,8 @@ def test_recipe_by_name_file_and_field(tmp_path):
     path = tmp_path / "config.json"
     ladd.write_json(path, {"recipe": dataclasses.asdict(tiny.recipe(batch=5, times=(1.0, 0.7, 0.5, 0.25)))})
     assert resolve("--recipe", str(path), "--seed", "1") == tiny.recipe(batch=5, times=(1.0, 0.7, 0.5, 0.25), seed=1)
+    ladd.write_json(path, {"recipe": {"batch": 5, "taps": ["a"]}})      # by an older version, which had fewer fields
+    assert resolve("--recipe", str(path)) == Recipe(batch=5, taps=("a",))
     assert resolve("--times", "1,0.5", "--time-probs", "1,0", "--warmup-probs", "0,1").times == (1.0, 0.5)
 
 

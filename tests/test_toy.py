@@ -848,7 +848,7 @@ def test_fresh_noise_is_distilled_to_where_the_teacher_goes_from_the_students_fi
 
 @pytest.mark.parametrize("changes", [dict(distill_weight=0.0), dict(backward_simulation=False), dict(times=(1.0,), time_probs=(1.0,), warmup_probs=(1.0,))])
 def test_a_target_for_fresh_noise_is_refused_without_what_it_needs(changes):
-    recipe(distill_weight=1.0, distill_fresh=5, backward_simulation=True)
+    recipe(distill_weight=1.0, distill_below=1.0, distill_fresh=5, backward_simulation=True)       # no paired_share needed: fresh noise has a target at t = 1
     with pytest.raises(ladd.UserError, match="distill_fresh = 5"):
         recipe(**{**dict(distill_weight=1.0, distill_fresh=5, backward_simulation=True), **changes})
 

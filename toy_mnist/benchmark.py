@@ -30,7 +30,7 @@ import ladd
 from toy_mnist import peers, speed, tables, world
 from toy_mnist.judge import WEIGHTS
 from toy_mnist.results import append, found, in_words, locked, read_lines, recipe_fields, runs_in
-from toy_mnist.settings import GROUPS, SETTINGS, departures, recipe_for
+from toy_mnist.settings import BASE, GROUPS, SETTINGS, departures, recipe_for
 from toy_mnist.world import PAPER, TOY
 
 ROOT = Path(ladd.__file__).parent
@@ -46,7 +46,7 @@ def budget_of(options):
         if name not in fields or not sign:
             raise ladd.UserError(f"--set {name}{sign}{text}: give FIELD=VALUE with a field of the recipe")
         given[name] = ladd.parse_value(fields[name], text)
-    base = dataclasses.asdict(ladd.override(TOY, given))
+    base = dataclasses.asdict(ladd.override(BASE, given))
     sums = [ladd.load_weights(Path(options.weights) / f"{kind}.safetensors", f"toy {kind}")[1]["sha256"][:8] for kind in ("teacher", "judge")]
     budget = {**{k: base[k] for k in ("iterations", "batch", "samples", *given)}, "judge_samples": options.judge_samples,
               "device": ladd.pick_device(options.device).type, "networks": "+".join(sums)}
@@ -213,7 +213,7 @@ def run_side_by_side(first, pending, options):
 def time_steps(options):
     """Print and store a line per recipe and batch: the iteration's time beside its network passes."""
     device = ladd.pick_device(options.device)
-    for name, reference in (("toy", TOY), ("paper", PAPER)):
+    for name, reference in (("toy", TOY), ("baseline", BASE), ("paper", PAPER)):
         for batch in options.batches:
             recipe = ladd.override(reference, {**recipe_fields(options.budget), "batch": batch})
             argv = ["--toy", "--weights", options.weights, "--judge-samples", str(options.judge_samples)]
@@ -260,7 +260,7 @@ def parse(argv):
     parser.add_argument("--seeds", default="0,1,2", metavar="S,...", help="seeds of every setting (default %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, each in a process of its own (default %(default)s)")
     for name, words in (("iterations", "iterations of every run"), ("batch", "samples per iteration"), ("samples", "samples of the teacher")):
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"budget: {words}, where a setting does not say (default: TOY's)")
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"budget: {words}, where a setting does not say (default: the baseline's)")
     parser.add_argument("--judge-samples", type=int, default=10_000, metavar="N", help="budget: images judged per student and step count (default %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="budget: another field of the recipe, where a setting does not say")
     parser.add_argument("--batches", default="16,64,256", metavar="N,...", help="the batches that --speed times (default %(default)s)")

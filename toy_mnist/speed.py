@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import ladd
+from toy_mnist import variants
 
 ROUNDS = 7              # of which each median is taken, after two that are not counted
 
@@ -72,6 +73,9 @@ def passes(world, state, recipe, device, i):
                 "heads on fake, backward to their maps": heads_to_maps}
     if terms.student_input:
         networks["student on its way down"] = lambda: terms.student_input(p, student)
+    if recipe.distill_fresh and len(fresh := (~p.paired).nonzero()[:, 0]):
+        networks["teacher on from the student's first step"] = (
+            lambda: variants.continued(world, p.x_t[fresh], recipe.times[1], p.cond[fresh], recipe.distill_fresh))
     others = {"step": lambda: ladd.step(state, world, recipe, terms, i, device),
               "data and draws": lambda: [v.to(device) for v in (*world.read(i * recipe.batch, recipe.batch), *ladd.draw(recipe, i, x0.shape[1:]).values())]}
     timed = {name: (clear_gradients, run) for name, run in {**networks, **others}.items()}

@@ -108,23 +108,24 @@ def continued(world, x_t, t, cond, steps):
 
 
 def distillation(recipe, world):
-    """Squared error of the student's guess to the teacher's sample, divided by t^`distill_power`, for times up to `distill_below`.
+    """Squared error of the student's guess to a target of the teacher's, divided by t^`distill_power`, for times up to `distill_below`.
 
     The guess moves t times as far as the velocity that the network gives, so at power 0 a late step hardly learns; 2 is the velocity's squared error.
+    The target of a stored noise is x0, the sample that it led to.
 
-    Where noise is fresh, the input says nothing of this very x0 at t = 1, nor at t < 1 under `backward_simulation`: such samples
-    are left to the adversarial loss, or, with `distill_fresh`, get a target of their own at every t: where the teacher goes from the student's first
-    step (to times[1]). From there the teacher still ends on samples as good as its own, from further down the student's way it no longer does.
-    (Targets of the teacher's on the student's own way down: Imagine Flash, arXiv 2405.05224.)
+    A fresh noise has no such sample: the input says nothing of this very x0 at t = 1, nor at t < 1 under `backward_simulation`. It is left to the
+    adversarial loss; or, with `distill_fresh`, its target at every t is where the teacher goes from the student's own first step, from 1 to times[1].
+    (Not from the student's x_t at t: at .75 a trained student's way is still such that the teacher ends on samples as good as its own, at .5 it was
+    found not to be. Training on the student's own way down, with the teacher to say where to: Imagine Flash, arXiv 2405.05224.)
     """
     def term(p, state):
         target, tied = p.x0, p.paired | ((p.t < 1) & (not recipe.backward_simulation))
         fresh = (~p.paired).nonzero()[:, 0]
         if recipe.distill_fresh and len(fresh):
             s = recipe.times[1]
-            begun = ladd.expand(p.t < 1, p.eps)
-            first = torch.where(begun, p.first_step, ladd.interpolate(p.x0_hat.detach(), p.eps, torch.full_like(p.t, s)))
-            target, tied = p.x0.clone(), torch.ones_like(p.paired)
+            now = ladd.interpolate(p.x0_hat.detach(), p.eps, torch.full_like(p.t, s))           # at t = 1 this guess is the first step
+            first = torch.where(ladd.expand(p.t < 1, p.eps), p.first_step, now)                 # at t < 1 `backward_simulation` took it
+            target, tied = p.x0.clone(), torch.ones_like(p.paired)                              # a noise is stored or fresh: all have a target
             target[fresh] = continued(world, first[fresh], s, p.cond[fresh], recipe.distill_fresh)
         error = (p.x0_hat - target).square().flatten(1).mean(1) / p.t ** recipe.distill_power
         return recipe.distill_weight * (error * (tied & (p.t <= recipe.distill_below))).mean()

@@ -35,10 +35,10 @@ class ToyRecipe(ladd.Recipe):
     guidance_high: float = note(0.8, "... to this t", 0, 1)
     loss: str = note("hinge", "the adversarial game", choices=tuple(variants.LOSSES))
     gradient_penalty: float = note(0.0, "weight of the gradient penalty of loss = wasserstein", 0, 1e6)
-    distill_weight: float = note(0.0, "weight of the squared error to x0, the sample that the noise led to", 0, 1e6)
-    distill_below: float = note(0.99, "... for times t up to this one (1 = all: that needs paired_share)", 0, 1)
+    distill_weight: float = note(0.0, "weight of the squared error to x0, the sample that the stored noise led to", 0, 1e6)
+    distill_below: float = note(0.99, "... for times t up to this one (1 = all: that needs paired_share or distill_fresh)", 0, 1)
     distill_power: float = note(0.0, "... divided by t to this power (2 = the squared error of the velocity)", 0, 4)
-    distill_fresh: int = note(0, "its target for fresh noise: where the teacher goes from the student's first step, in steps of 1 / this (0 = none)", 0, 1000)
+    distill_fresh: int = note(0, "... and for fresh noise to where the teacher goes from the student's first step, by Euler steps of at most 1 / this (0 = no such target)", 0, 1000)
     approximate_r1: float = note(0.0, "weight of approximate R1 on the re-noised sample", 0, 1e6)
     approximate_r1_std: float = note(0.01, "noise of approximate R1", 1e-6, 1)
     misaligned: float = note(0.0, "weight of real samples with a wrong condition as fakes", 0, 1e6)
@@ -48,11 +48,11 @@ class ToyRecipe(ladd.Recipe):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.distill_weight and self.distill_below >= 1 and not self.paired_share:
-            raise ladd.UserError(f"distill_below = {self.distill_below}: at t = 1 a fresh noise says nothing of x0; give 0.99, or a paired_share")
+        if self.distill_weight and self.distill_below >= 1 and not (self.paired_share or self.distill_fresh):
+            raise ladd.UserError(f"distill_below = {self.distill_below}: at t = 1 a fresh noise says nothing of x0; give 0.99, a paired_share or distill_fresh")
         if self.distill_fresh and not (self.distill_weight and self.backward_simulation and len(self.times) > 1):
             raise ladd.UserError(f"distill_fresh = {self.distill_fresh}: it needs a distill_weight, backward_simulation, which takes the student's first step, "
-                                 "and a second time to take it to")
+                                 "and a second time to take it to; or give distill_fresh 0, for none")
         if self.guidance_low > self.guidance_high:
             raise ladd.UserError(f"guidance_low = {self.guidance_low}, guidance_high = {self.guidance_high}: guidance would hold nowhere; "
                                  f"for none, give guidance 1")
@@ -61,7 +61,7 @@ class ToyRecipe(ladd.Recipe):
 
 
 TAPS = ("enc.1", "enc.3", "mid.1", "dec.1", "dec.3")
-LENGTH = dict(iterations=500, batch=64, warmup=50, taps=TAPS)     # the paper's warm-up of 500 would be most of so short a run
+LENGTH = dict(iterations=500, batch=64, warmup=50, taps=TAPS)     # the paper's warm-up of 500 would be all of so short a run
 
 # The paper's method: hinge, its times and probabilities, t-hat ~ LogitNormal(1, 1) drawn for each side by itself, and the
 # adversarial loss alone. Learning rates, heads and the average are ours: the paper gives none.
@@ -222,7 +222,7 @@ class ToyWorld(ladd.World):
         passes = lambda times: len(times) + sum(r.guidance != 1 and r.guidance_low <= t <= r.guidance_high for t in times)
         further = (1 - r.paired_share) * passes(variants.way_down(r.times[1], r.distill_fresh)) if r.distill_fresh else 0
         stages = {"teacher's samples": f * (more + (0 if cached else r.samples)) * passes(time_grid(r.teacher_steps)),
-                  "distillation": f * r.iterations * r.batch * (6 + (6.5 + further) / r.gen_every),    # heads included, as measured
+                  "distillation": f * r.iterations * r.batch * (6 + (6.5 + further) / r.gen_every),    # 12.5: heads included, as measured
                   "judging": f * self.options.judge_samples * 40 + 20}
         print("expected here: " + ", ".join(f"{k} {v / 60:.1f} min" for k, v in stages.items())
               + f"; together about {sum(stages.values()) / 60:.0f} min")
