@@ -321,7 +321,7 @@ def test_every_variant_trains(plain, out):
 
 def test_a_compiled_run_is_the_same_run(plain, out, monkeypatch):
     """With a backend that traces the network but writes no code."""
-    graphs, short = [], ["--iterations", "2", "--backward-simulation", "false"]
+    graphs, short = [], ["--iterations", "2", "--distill-fresh", "0", "--backward-simulation", "false"]
     plain("not compiled", *short)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=lambda graph, inputs: graphs.append(graph) or graph.forward))
     plain("compiled", "--compile", *short)
