@@ -726,6 +726,16 @@ def test_a_finished_run_may_go_on_for_longer(uninterrupted, plain, out):
     assert student(out / "longer") != student(uninterrupted)
 
 
+def test_a_run_from_before_a_field_was_added_goes_on(uninterrupted, plain, out):
+    """What its config.json lacks had its default, which is off."""
+    shutil.copytree(uninterrupted, out / "older")
+    config = json.loads((out / "older" / "config.json").read_text())
+    assert config["recipe"].pop("approximate_r1") == 0
+    ladd.write_json(out / "older" / "config.json", config)
+    plain("older", "--resume", "--iterations", "6", tiny=["--log-every", "1"])
+    assert [l["iteration"] for l in metrics(out / "older")] == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_log_that_is_not_installed_is_refused(job, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda *args: None)
     refused(job("--log", "wandb", "--out", str(tmp_path))[0], capsys, "--log wandb")

@@ -120,9 +120,8 @@ def distillation(recipe, world):
     """
     def term(p, state):
         target, tied = p.x0, p.paired | ((p.t < 1) & (not recipe.backward_simulation))
-        fresh = (~p.paired).nonzero()[:, 0]
-        if recipe.distill_fresh and len(fresh):
-            s = recipe.times[1]
+        if recipe.distill_fresh and not p.paired.all():
+            fresh, s = (~p.paired).nonzero()[:, 0], recipe.times[1]
             now = ladd.interpolate(p.x0_hat.detach(), p.eps, torch.full_like(p.t, s))           # at t = 1 this guess is the first step
             first = torch.where(ladd.expand(p.t < 1, p.eps), p.first_step, now)                 # at t < 1 `backward_simulation` took it
             target, tied = p.x0.clone(), torch.ones_like(p.paired)                              # a noise is stored or fresh: all have a target
