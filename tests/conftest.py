@@ -1,4 +1,7 @@
-"""Lets the tests find ladd.py and their own helpers from any folder. One thread each: models are tiny, and the files run side by side."""
+"""Lets the tests find ladd.py and their helpers from any folder.
+
+One thread each: the models are tiny, and the files run side by side.
+"""
 
 import os
 import sys

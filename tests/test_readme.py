@@ -1,101 +1,159 @@
-"""The README's commands, run as they stand there in a copy of the project; the long ones with tiny options appended."""
+"""What the README says holds: its commands, its links, and the sizes that DESIGN promises."""
 
-import json
+import argparse
+import ast
+import importlib
 import re
-import shutil
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+import faults
 import ladd
-from test_toy import mnist_root     # noqa: F401 (a fixture: a made-up MNIST)
 
 ROOT = Path(ladd.__file__).parent
 README = (ROOT / "README.md").read_text()
-COMMANDS = [line.split("#")[0].strip() for line in re.findall(r"^    ((?:pip|python) .*)$", README, re.M)]
-TINY = "--iterations 2 --batch 4 --samples 8 --teacher-steps 3 --judge-samples 200 --head-width 8 --log-every 1"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = re.findall(r"^ {4}((?:pip|python|torchrun) .*)$", README, re.M)
 
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory):
-    """A copy of what a user gets: the tracked files that a job needs."""
-    folder = tmp_path_factory.mktemp("clone")
-    shutil.copy(ROOT / "ladd.py", folder)
-    shutil.copytree(ROOT / "toy_mnist", folder / "toy_mnist", ignore=shutil.ignore_patterns("__pycache__"))
-    return folder
+class Parsed(Exception):
+    """Raised where a program has read its command line."""
 
 
-def shell(command, folder):
-    """Run a README command with this Python; installing is left out, it has happened."""
-    command = re.sub(r"^pip install \S+ \S+ && ", "", command).replace("python ", f"{sys.executable} ", 1)
-    return subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True)
+def programs(command):
+    """The programs that a line of the README starts: (file or module, words) of each."""
+    for part in command.split(" && "):
+        words = shlex.split(part, comments=True)
+        if words[0] == "torchrun":
+            options = [k for k, word in enumerate(words) if word.startswith("--") or k == 0]
+            words = ["python", *words[next(k for k in range(9) if k not in options) :]]
+            if "-m" in options:
+                words.insert(1, "-m")
+        if words[0] == "pip":
+            assert (ROOT / words[words.index("-r") + 1]).exists(), part
+        elif words[1] == "-m":
+            yield words[2], words[3:]
+        else:
+            assert (ROOT / words[1]).exists(), part
+            yield words[1].removesuffix(".py").replace("/", "."), words[2:]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_parsed_as_it_stands(command, monkeypatch):
+    parse = argparse.ArgumentParser.parse_known_args
+
+    def parse_and_end(self, args=None, namespace=None):
+        parse(self, args, namespace)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_end)
+    for module, words in programs(command):
+        if module == "pytest" or "--help" in words:
+            continue
+        with pytest.raises(Parsed):
+            importlib.import_module(module.removeprefix("tests.")).main(words)
 
 
 def test_the_two_commands_stand_in_the_readme():
-    assert COMMANDS[0] == "pip install -r requirements.txt && python ladd.py --toy"
-    assert COMMANDS[1] == "pip install -r requirements.txt && python -m pytest"
+    assert "pip install -r requirements.txt && python ladd.py --toy" in COMMANDS
+    assert "pip install -r requirements.txt && python -m pytest" in COMMANDS
 
 
-def test_the_main_job_and_its_follow_ups_run_as_written(clone):
-    done = shell(f"{COMMANDS[0]} {TINY}", clone)
-    assert done.returncode == 0, done.stderr[-2000:]
-    for name in re.findall(r"`((?:start|report)\.\w+|config\.json|metrics\.jsonl|student\.safetensors)`", README):
-        assert (clone / "runs" / "001" / name).exists(), name
-    assert "student@4" in done.stdout and len(json.loads((clone / "runs/001/report.json").read_text())["rows"]) == 8
-    follow = [c for c in COMMANDS if c.startswith("python ladd.py --toy --")]
-    assert any("--sample" in c for c in follow) and any("--help" in c for c in follow)
-    for command in follow:
-        done = shell(command + (" --judge-samples 200" if "--judge-samples" in command else ""), clone)
-        assert done.returncode == 0, (command, done.stderr[-2000:])
-    assert (clone / "runs/001/sample-4.png").exists()
+class Teacher(nn.Module):
+    """A teacher of vectors [B, 4], as a reader of the README may bring one."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(5, 16), nn.SiLU(), nn.Linear(16, 16))
+        self.out = nn.Linear(16, 4)
+
+    def forward(self, x_t, t, cond):
+        return self.out(self.body(torch.cat([x_t, t[:, None]], 1)))
 
 
-def test_teacher_and_judge_are_made_again_as_written(clone, mnist_root):     # noqa: F811
-    made = clone / "made"
-    for word, tiny in (("judge", "--epochs 1"), ("teacher", "--steps 2 --batch 8 --width 8")):
-        command = next(c for c in COMMANDS if f"-m toy_mnist.{word}" in c).replace("DIR", str(mnist_root))
-        done = shell(f"{command} {tiny} --out {made}", clone)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert ladd.load_weights(made / f"{word}.safetensors", f"toy {word}", "config", "command", "data", "versions", "figures")
+def test_a_world_of_ones_own_trains_as_it_stands(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    monkeypatch.chdir(tmp_path)
+    names = {"teacher": Teacher().requires_grad_(False), "data": torch.randn(100, 4)}
+    exec(code.replace("iterations=500", "iterations=2"), names)
+    assert names["x0"].shape == (16, 4)
+    assert ladd.newest_checkpoint(tmp_path / "runs/mine").name == "step-0000002"
 
 
-def test_every_function_that_the_readme_names_exists():
-    from toy_mnist import variants, world
-    table = README[README.index("## How it works"):README.index("### The toy")]
-    names = {n for row in re.findall(r"^\|.*\| (.*?) \|$", table, re.M) for n in re.findall(r"`(\w+)`", row)}
-    assert len(names) > 15 and all(hasattr(ladd, n) for n in names), [n for n in names if not hasattr(ladd, n)]
-    departures = README[README.index("## The recipe"):README.index("## Your own")]
-    fields = {n for row in re.findall(r"^\| .*? \| (`.*?) \| .* \|$", departures, re.M) for n in re.findall(r"`(\w+)`", row)} - {"mean_over_heads"}
-    assert len(fields) >= 8 and all(hasattr(world.TOY, n) for n in fields), fields
-    assert {ladd.drift(world.TOY, world.PAPER).keys() >= {"paired_share", "loss", "distill_weight", "backward_simulation", "share_noise"}} == {True}
+def anchors(text):
+    """The anchors that GitHub gives to the headings of a page."""
+    for title in re.findall(r"^#+ (.*)$", text, re.M):
+        yield re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
-def test_what_the_paper_recipe_turns_on():
-    from toy_mnist import variants, world
-    terms = variants.terms(world.PAPER, None)
-    assert (terms.heads_loss, terms.student_loss) == (ladd.hinge_heads, ladd.hinge_student)
-    assert (terms.student_input, terms.add_heads, terms.add_student) == (None, (), ())
-    assert world.PAPER.times == (1, 0.75, 0.5, 0.25) and world.PAPER.time_probs == (0.7, 0.1, 0.1, 0.1)
-    assert world.PAPER.warmup_probs == (0, 0, 0.5, 0.5) and world.PAPER.warmup == 50
-    assert (world.PAPER.renoise_mean, world.PAPER.renoise_std, world.PAPER.share_noise, world.PAPER.heads_see_t) == (1, 1, False, False)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        name, _, anchor = link.partition("#")
+        if "://" in name:
+            continue
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
 
 
-def test_the_shipped_weights_are_small_and_say_what_made_them():
-    folder = ROOT / "toy_mnist" / "weights"
-    assert sum(f.stat().st_size for f in folder.iterdir()) < 12 * 2 ** 20
-    for word in ("teacher", "judge", "reference"):
-        tensors, _ = ladd.load_weights(folder / f"{word}.safetensors", f"toy {word}", "command", "data", "versions", "figures")
-        assert all(torch.isfinite(v.float()).all() for v in tensors.values())
+def test_the_readme_is_short():
+    lines = README.splitlines()
+    assert len(lines) <= 200 and len(README.encode()) <= 14 * 1024
+    assert [line for line in lines if len(line) > 120] == []
+
+
+# ---- the code -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [["format", "--check"], ["check"]], ids=" ".join)
+def test_ruff_is_content(words):
+    command = [sys.executable, "-m", "ruff", *words, "--no-cache", "."]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def lines_of(pattern):
+    return sum(len(path.read_text().splitlines()) for path in ROOT.glob(pattern))
+
+
+def test_the_files_keep_to_their_budgets():
+    assert lines_of("ladd.py") <= 1300
+    assert lines_of("toy_mnist/*.py") <= 1850
+    assert lines_of("zimage/*.py") <= 2200
+    assert lines_of("tests/*.py") - lines_of("tests/faults.py") <= 4800
+    assert not any("fmt: " + "off" in path.read_text() for path in ROOT.rglob("*.py"))
+
+
+def test_the_method_can_be_read_from_the_top():
+    text = (ROOT / "ladd.py").read_text()
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    length = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
+    assert {name: n for name, n in length.items() if n > 50} == {}
+    assert length["train_step"] <= 40 and length["main"] <= 25
+    assert all(length[name] <= 30 for name in length if name.endswith(("_loss", "_penalty")))
+    assert text[: text.index("backward()")].count("\n") + 1 < 480
+
+
+def test_the_planted_faults_still_fit_the_code():
+    assert (ROOT / "docs" / "faults.md").read_text() == faults.page(), (
+        "python tests/faults.py --write"
+    )
+    count = [(ROOT / fault.file).read_text().count(fault.old) for fault in faults.FAULTS]
+    assert [faults.FAULTS[k].what for k in range(len(count)) if count[k] != 1] == []
+    assert not any(fault.old == fault.new for fault in faults.FAULTS)
+    planted = [fault.defect for fault in faults.FAULTS]
+    assert len(planted) >= 56 and planted.count(0) >= 20
+    assert all(planted.count(defect) >= 2 for defect in faults.DEFECTS)
 
 
 def test_the_tests_that_notice_the_faults_exist():
-    text = (ROOT / "docs" / "faults.md").read_text()
-    rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) == 18
-    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    for row in rows:
-        named = re.findall(r"`(test_\w+)`", row)
-        assert named and all(f"def {name}(" in tests for name in named), row
+    for fault in faults.FAULTS:
+        file, name = fault.test.split("[")[0].rsplit("::", 1)
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), fault.test

@@ -1,50 +1,53 @@
-"""Z-Image's data stage on a tiny random pipeline: the teacher's samples equal stock diffusers', a kill costs a shard, the reader's promises."""
+"""Z-Image's data and evaluation on a tiny pipeline: samples and images equal stock diffusers',
+a kill costs a shard, the reader's promises, figures equal independent ones."""
 
+import dataclasses
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import tiny_zimage
 import torch
-from diffusers import ZImagePipeline
-from safetensors.torch import load, load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+from cleanfid.resize import build_resizer
+from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPModel, CLIPProcessor, CLIPTextModelWithProjection, CLIPTokenizer
 
 import ladd
-import tiny_zimage
-from zimage import adapter, data, precompute
+from zimage import adapter, data, evaluate, precompute
+from zimage.world import ZImageRecipe
 
-PROMPTS = ["a cat", "an owl", "a grey wolf drinking from a mountain stream", "tea", "a harbour in the evening with boats", "一只猫",
-           "a red fox", "fog", "a violin on a chair beside an open window, with sheet music on the floor", "a hen", "an old map"]
-TINY = ["--resolution", "64,32x48", "--steps", "3", "--shard-size", "3", "--batch", "2", "--dtype", "float32", "--device", "cpu"]
 ROOT = Path(precompute.__file__).parents[1]
+LONG = "a violin on a chair beside an open window, with sheet music on the floor"
+PROMPTS = ["a cat", "an owl", "a grey wolf drinking from a mountain stream", "tea", "fog", "一只猫"]
+PROMPTS += ["a harbour in the evening with boats", "a red fox", LONG, "a hen", "an old map"]
+CPU = ["--dtype", "float32", "--device", "cpu"]
+TINY = "--resolution 64,32x48 --steps 3 --shard-size 3 --batch 2".split() + CPU
+SMALL = "--resolution 48x32 --teacher-steps 2 --steps 2,1 --batch 1".split() + CPU
 
 
-def make_clip(folder):
-    """A tiny random CLIP text encoder, projection 24, with a byte-level tokenizer."""
-    letters = list(bytes_to_unicode().values())
-    words = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[]).save_pretrained(folder)
-    torch.manual_seed(7)
-    config = CLIPTextConfig(vocab_size=514, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=24,
-                            max_position_embeddings=77, bos_token_id=512, eos_token_id=513)
-    CLIPTextModelWithProjection(config).save_pretrained(folder)
+def net(x):
+    """Stands for Inception: images [B, 3, 299, 299] in 0 .. 255 -> [B, 12]."""
+    return torch.nn.functional.avg_pool2d(x.float() / 255 - 0.5, 149).flatten(1)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """model (a tiny pipeline), clip (a tiny text encoder), prompts.txt and made, the data made of them by one process."""
+    """model, clip, prompts.txt, and made: the data made of them by one process."""
     folder = tmp_path_factory.mktemp("data")
-    make_clip(folder / "clip")
-    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
-    place = SimpleNamespace(folder=folder, model=tiny_zimage.save(folder / "model"), clip=folder / "clip", prompts=folder / "prompts.txt",
-                            made=folder / "made")
+    place = SimpleNamespace(prompts=folder / "prompts.txt", made=folder / "made")
+    place.prompts.write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+    place.model = tiny_zimage.save(folder / "model")
+    place.clip = tiny_zimage.save_clip(folder / "clip")
     assert run(place, place.made, "--clip", place.clip) == 0
     return place
 
@@ -54,561 +57,582 @@ def latents(place):
     return data.Latents(place.made)
 
 
-@pytest.fixture(scope="module")
-def stock(place):
-    pipe = ZImagePipeline.from_pretrained(place.model, dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.fixture
 def copy(place, tmp_path):
     """A copy of the data that a test may damage."""
     return Path(shutil.copytree(place.made, tmp_path / "copy"))
 
 
-def run(place, out, *options, **replaced):
+def arguments(place, out, *options):
+    given = ["--model", place.model, "--prompts", place.prompts, "--out", out, *TINY, *options]
+    return [*map(str, given)]
+
+
+def run(place, out, *options):
     """precompute with the tiny settings; options come last and so win."""
-    given = {"model": place.model, "prompts": place.prompts, "out": out} | replaced
-    return precompute.main([*(str(w) for k, v in given.items() if v is not None for w in ("--" + k, v)), *TINY, *map(str, options)])
+    return ladd.run_command_line(precompute.main, arguments(place, out, *options))
+
+
+def refused(capsys, code, *words):
+    """Exit code 2 and one line on stderr with these words."""
+    lines = capsys.readouterr().err.splitlines()
+    assert code == 2 and len(lines) == 1, lines
+    for word in words:
+        assert word in lines[0]
 
 
 def contents(folder):
-    return {p.name: p.read_bytes() for p in folder.iterdir()} if folder.exists() else None
-
-
-def shards(folder):
-    return {k: v for k, v in contents(folder).items() if k.startswith("shard-")}
-
-
-def one_line(capsys):
-    """The one line that a refusal prints."""
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("zimage.precompute: "), lines
-    return lines[0]
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def rewrite(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-# ---- prompts ------------------------------------------------------------------------------------------------------------
-
-def test_the_shipped_prompts_are_disjoint_and_readable():
-    train, heldout = (data.read_prompts(ROOT / "zimage" / "prompts" / f"{name}.txt") for name in ("train", "heldout"))
-    assert len(set(train)) == len(train) == 200 and len(set(heldout)) == len(heldout) == 100 and not set(train) & set(heldout)
-    assert max(len(p.split()) for p in train) > 70 and all(any("一" <= c <= "鿿" for p in part for c in p) for part in (train, heldout))
-
-
-@pytest.mark.parametrize("name, text", [
-    ("p.txt", "a cat\n \"tea\", hot\r\na cat\n"), ("p.TXT", "\ufeffa cat\n\"tea\", hot\na cat"),
-    ("p.jsonl", '{"prompt": "a cat"}\n{"id": 1, "prompt": "\\"tea\\", hot"}\n{"prompt": "a cat"}\n'),
-    ("p.csv", 'id,prompt\n1,a cat\n2,"""tea"", hot"\n3,a cat\n')])
-def test_prompts_of_every_format(tmp_path, name, text):
-    (tmp_path / name).write_bytes(text.encode("utf-8"))
-    assert data.read_prompts(tmp_path / name) == ["a cat", '"tea", hot', "a cat"]
+def two_ranks(*words):
+    """Run a module or script with these arguments on two ranks; returns what was printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path[:2])}
+    settings = {"cwd": ROOT, "env": env, "capture_output": True, "text": True}
+    done = subprocess.run([*command, *map(str, words)], **settings)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def test_a_quoted_prompt_may_go_over_lines(tmp_path):
-    (tmp_path / "p.csv").write_text('prompt\n"a cat\nand a dog"\ntea\n')
-    assert data.numbered_prompts(tmp_path / "p.csv") == [(3, "a cat\nand a dog"), (4, "tea")]
+# ---- prompts -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, text, says", [
-    ("p.txt", None, "can't be read"), ("p.txt", b"", "empty"), ("p.txt", b"\n \n", "empty"), ("p.txt", b"a\n\nb\n", "line 2: no prompt"),
-    ("p.txt", b"a\nb\n\n", "line 3: no prompt"), ("p.txt", b"a\nb\xff\n", "line 2: not UTF-8"),
-    ("p.txt", "a\n".encode("utf-16"), "line 1: not UTF-8"),
-    ("p.jpg", b"a", "unknown ending '.jpg'"), ("prompts", b"a", "unknown ending ''"),
-    ("p.jsonl", b'{"prompt": "a"}\n{"prompt"\n', "line 2: not a JSON object"), ("p.jsonl", b'{"text": "a"}', "line 1: not a JSON object"),
-    ("p.jsonl", b'["a"]', "line 1: not a JSON object"), ("p.jsonl", b"[" * 100_000, "line 1: not a JSON object"),
-    ("p.jsonl", b'{"prompt": 3}', "line 1: no prompt"), ("p.jsonl", b'{"prompt": "a"}\n\n{"prompt": "b"}', "line 2: no prompt"),
-    ("p.jsonl", b'{"prompt": "\\ud83d"}', "line 1: holds half of a surrogate pair"),
-    ("p.csv", b"text\na\n", "line 1: the columns are text"), ("p.csv", b"prompt,prompt\na,b\n", "line 1"), ("p.csv", b"prompt\n", "no prompt"),
-    ("p.csv", b"id,prompt\n1,a\n2\n", "line 3: 1 columns"), ("p.csv", b"prompt\na, b\n", "line 2: 2 columns"),
-    ("p.csv", b"id,prompt\n1,a\n\n3,b\n", "line 3: no prompt"), ("p.csv", b"id,prompt\n1,\n", "line 2: no prompt"),
-    ("p.csv", b'prompt\n"a" b\n', "line 2: malformed")])
-def test_bad_prompts_are_refused_by_file_and_line(place, tmp_path, capsys, name, text, says):
-    if text is not None:
-        (tmp_path / name).write_bytes(text)
-    assert run(place, tmp_path / "out", prompts=tmp_path / name) == 2
-    line = one_line(capsys)
-    assert f"--prompts {tmp_path / name}" in line and says in line and not (tmp_path / "out").exists()
+def test_the_shipped_prompts_are_disjoint():
+    files = [ROOT / "zimage" / "prompts" / f"{name}.txt" for name in ("train", "heldout")]
+    train, heldout = map(data.read_prompts, files)
+    assert (len(set(train)), len(set(heldout))) == (len(train), len(heldout)) == (200, 100)
+    assert not set(train) & set(heldout)
+
+
+FORMATS = {
+    "p.txt": 'a cat\n\n "tea", hot\r\na dog\nand\n',
+    "p.TXT": '\ufeffa cat\n"tea", hot\na dog\nand',
+    "p.jsonl": '{"prompt": "a cat"}\n{"prompt": "\\"tea\\", hot"}\n{"id": 1, "prompt": "a dog"}',
+    "p.csv": 'id,prompt\n1,a cat\n2,"""tea"", hot"\n3,"a dog\nand"\n',
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_prompts_of_every_format(tmp_path, name):
+    (tmp_path / name).write_bytes(FORMATS[name].encode())
+    prompts = data.read_prompts(tmp_path / name)
+    assert prompts[:2] == ["a cat", '"tea", hot'] and prompts[2].startswith("a dog")
+
+
+BAD = {
+    "empty.txt": (b"\n \n", "empty"),
+    "latin.txt": (b"a\nb\xff\n", "line 2: not UTF-8"),
+    "utf16.txt": ("a\n".encode("utf-16"), "line 1: not UTF-8"),
+    "unmarked.txt": ("a\nb".encode("utf-16-le"), "line 1: holds characters that are no text"),
+    "p.jpg": (b"a", "unknown ending '.jpg'"),
+    "cut.jsonl": (b'{"prompt": "a"}\n{"prompt"\n', "line 2: no prompt"),
+    "list.jsonl": (b'["a"]', "line 1: no prompt"),
+    "half.jsonl": (b'{"prompt": "\\ud83d"}', "line 1: holds characters that are no text"),
+    "other.csv": (b"text\na\n", "line 2: no prompt"),
+    "comma.csv": (b"prompt\na, b\n", "line 2: no prompt; a .csv holds a column"),
+    "quote.csv": (b'prompt\n"a" b\n', "line 2: no prompt"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_prompts_are_refused_by_file_and_line(place, tmp_path, capsys, name):
+    text, says = BAD[name]
+    (tmp_path / name).write_bytes(text)
+    refused(capsys, run(place, tmp_path / "out", "--prompts", tmp_path / name), name, says)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_over_long_prompt_is_refused_with_its_count(place, tmp_path, capsys):
-    room = adapter.MAX_TOKENS - precompute.token_counts(tiny_zimage.tokenizer(), [""])[0]      # a token a character
-    (tmp_path / "p.txt").write_text("a\n" + "x" * (room + 1) + "\n")
-    assert run(place, tmp_path / "out", prompts=tmp_path / "p.txt") == 2
-    assert "p.txt, line 2: 513 tokens with the chat template, but the model reads 512" in one_line(capsys)
-    (tmp_path / "p.txt").write_text("x" * room)
-    assert run(place, tmp_path / "out", "--plan", prompts=tmp_path / "p.txt") == 0
+    room = adapter.MAX_TOKENS - precompute.count_tokens(tiny_zimage.tokenizer(), [""])[0]
+    file = tmp_path / "p.txt"
+    file.write_text("a\n" + "x" * (room + 1))  # a token a character
+    says = "p.txt, line 2: 513 tokens with the chat template, but the model reads 512"
+    refused(capsys, run(place, tmp_path / "out", "--prompts", file), says)
+    file.write_text("x" * room)
+    assert run(place, tmp_path / "out", "--prompts", file, "--plan") == 0
 
 
-# ---- what is made ---------------------------------------------------------------------------------------------------------
-
-def expected(stock, prompts, indices, height, width, w, seed=0, steps=3):
-    noise = torch.stack([adapter.noise_for(seed, i, height // 8, width // 8) for i in indices])
-    made = stock([prompts[i] for i in indices], latents=noise, height=height, width=width, guidance_scale=w - 1, num_inference_steps=steps,
-                 output_type="latent")
-    return made.images, noise
+# ---- what is made --------------------------------------------------------------------------------
 
 
-def test_samples_equal_the_stock_pipeline_with_guidance(stock, latents):
+def stock(place, indices, size, w, seed=0, dtype=torch.float32):
+    """The stock pipeline's latents for these prompts, from the keyed noise, in 3 steps."""
+    pipe = ZImagePipeline.from_pretrained(place.model, dtype=dtype)
+    noise = torch.stack([adapter.noise_for(seed, i, *size) for i in indices])
+    call = {"latents": noise, "height": 8 * size[0], "width": 8 * size[1], "guidance_scale": w - 1}
+    prompts = [PROMPTS[i] for i in indices]
+    return pipe(prompts, num_inference_steps=3, output_type="latent", **call).images
+
+
+def test_samples_equal_the_stock_pipeline_with_guidance(place, latents):
+    assert sorted(set(latents.sizes)) == [(6, 4), (8, 8)]  # 32x48 is width x height
     for size in set(latents.sizes):
-        mine = [i for i in range(len(latents)) if latents.sizes[i] == size]
-        x0, _, noise = latents.get(mine)
-        theirs, start = expected(stock, PROMPTS, mine, 8 * size[0], 8 * size[1], w=5)
-        assert torch.equal(noise, start) and x0.dtype == torch.float32 and x0.std() > 0.1
-        torch.testing.assert_close(x0, theirs, rtol=2e-3, atol=2e-3)
-    assert sorted(set(latents.sizes)) == [(6, 4), (8, 8)]               # 32x48 is width x height
+        own = [i for i in range(len(latents)) if latents.sizes[i] == size]
+        x0, _, noise = latents.get(own)
+        assert torch.equal(noise[1], adapter.noise_for(0, own[1], *size)) and x0.std() > 0.1
+        torch.testing.assert_close(x0, stock(place, own, size, w=5), rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-3), ("bfloat16", 5e-2)])
 def test_samples_without_guidance_by_another_seed(place, tmp_path, dtype, tolerance):
-    (tmp_path / "p.txt").write_text("\n".join(PROMPTS[:2]), encoding="utf-8")
-    options = ["--guidance", 1, "--seed", 9, "--resolution", "80x48", "--steps", 2, "--dtype", dtype]
-    assert run(place, tmp_path / "out", *options, prompts=tmp_path / "p.txt") == 0
-    x0, cond, noise = data.Latents(tmp_path / "out").get([0, 1])
-    pipe = adapter.load_pipeline(place.model, getattr(torch, dtype), "cpu")
-    theirs, start = expected(pipe, PROMPTS, [0, 1], 48, 80, w=1, seed=9, steps=2)
-    assert torch.equal(noise, start) and cond.captions[0].isfinite().all()
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS[:2]))
+    options = ["--guidance", 1, "--seed", 9, "--resolution", "80x48", "--dtype", dtype]
+    assert run(place, tmp_path / "out", *options, "--prompts", tmp_path / "p.txt") == 0
+    x0, _, _ = data.Latents(tmp_path / "out").get([0, 1])
+    theirs = stock(place, [0, 1], (6, 10), w=1, seed=9, dtype=getattr(torch, dtype))
     torch.testing.assert_close(x0, theirs, rtol=tolerance, atol=tolerance)
 
 
-def test_captions_and_vectors_are_the_encoders_own(place, stock, latents):
-    captions, _ = stock.encode_prompt(list(PROMPTS), do_classifier_free_guidance=False)
-    same = [i for i in range(len(latents)) if latents.sizes[i] == (8, 8)]
-    _, qwen, _ = latents.get(same)
+def test_captions_and_vectors_are_the_encoders_own(place, latents):
+    pipe = ZImagePipeline.from_pretrained(place.model, dtype=torch.float32)
+    captions, _ = pipe.encode_prompt(list(PROMPTS), do_classifier_free_guidance=False)
     clip = data.Latents(place.made, vector="clip")
-    assert latents.vector_dim == 32 and clip.vector_dim == 24 and latents.lengths == [len(c) for c in captions]
-    net, tokenizer = CLIPTextModelWithProjection.from_pretrained(place.clip), CLIPTokenizer.from_pretrained(place.clip)
-    for k, i in enumerate(same):
-        assert qwen.captions[k].dtype == torch.bfloat16 and qwen.captions[k].shape == captions[i].shape
-        torch.testing.assert_close(qwen.captions[k].float(), captions[i], rtol=1e-2, atol=1e-2)
-        torch.testing.assert_close(qwen.vector[k], captions[i].mean(0), rtol=1e-4, atol=1e-5)
-        with torch.no_grad():
-            pooled = net(**tokenizer(PROMPTS[i], return_tensors="pt", truncation=True, max_length=77)).text_embeds[0]
-        torch.testing.assert_close(clip.get([i])[1].vector[0], pooled, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(qwen.vector[0], qwen.vector[1])
+    assert (latents.vector_dim, clip.vector_dim) == (32, 24)
+    assert latents.lengths == [len(c) for c in captions]
+    net = CLIPTextModelWithProjection.from_pretrained(place.clip)
+    tokenizer = CLIPTokenizer.from_pretrained(place.clip)
+    for i in (0, 8):
+        _, cond, _ = latents.get([i])
+        assert cond.captions[0].dtype == torch.bfloat16
+        torch.testing.assert_close(cond.captions[0].float(), captions[i], rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(cond.vector[0], captions[i].mean(0), rtol=1e-4, atol=1e-5)
+        tokens = tokenizer(PROMPTS[i], return_tensors="pt", truncation=True, max_length=77)
+        pooled = net(**tokens).text_embeds.detach()
+        torch.testing.assert_close(clip.get([i])[1].vector, pooled, rtol=1e-4, atol=1e-5)
 
 
-def test_the_manifest_and_the_shards_say_of_what_they_are_made(place, latents):
-    manifest = json.loads((place.made / "manifest.json").read_text())
-    assert manifest["made_of"] == latents.about and manifest["schema"] == ladd.SCHEMA and "--shard-size 3" in manifest["command"]
-    assert latents.about["fingerprint"] == adapter.model_fingerprint(place.model) and len(latents.about["clip"]) == 64
-    wanted = {"steps": 3, "guidance": 5.0, "seed": 0, "shift": 6.0, "count": 11, "dtype": "float32", "vectors": ["qwen", "clip"],
-              "resolution": ["64x64", "32x48"]}
+def test_the_folder_says_what_it_is_made_of_and_others_may_read_it(place, latents):
+    wanted = {"steps": 3, "guidance": 5.0, "seed": 0, "shift": 6.0, "count": 11, "dtype": "float32"}
+    wanted |= {"model": str(place.model), "resolution": ["64x64", "32x48"]}
     assert wanted.items() <= latents.about.items()
+    manifest = json.loads((place.made / "manifest.json").read_text())
     assert sorted(i for s in manifest["shards"] for i in s["indices"]) == list(range(11))
-    for shard in manifest["shards"]:
-        tensors, about = ladd.load_weights(place.made / shard["name"], "zimage shard")
-        assert about["made_of"] == latents.about and shard.items() <= about.items()
-        assert about["count"] == len(about["lengths"]) == len(shard["indices"])
-        assert tensors["latent.0"].dtype == torch.float16 and tensors["latent.0"].shape == (16, shard["height"] // 8, shard["width"] // 8)
-    assert not list(place.made.glob("*.part"))
+    names = {"manifest.json", *(s["name"] for s in manifest["shards"])}
+    assert contents(place.made).keys() == names  # no half file
+    umask = os.umask(0o022)
+    os.umask(umask)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in place.made.iterdir()}
+    assert modes == {0o666 & ~umask}
 
 
-def test_the_plan_is_a_pure_function():
-    sizes = [(512, 512), (640, 384), (512, 512)]
-    plan = data.plan_shards(10, sizes, 3)
-    assert plan == data.plan_shards(10, sizes, 3)
-    assert [(s["name"], s["indices"], s["height"]) for s in plan] == [
-        ("shard-00000.safetensors", [0, 2, 3], 512), ("shard-00001.safetensors", [5, 6, 8], 512), ("shard-00002.safetensors", [9], 512),
-        ("shard-00003.safetensors", [1, 4, 7], 640)]
+def test_the_plan_of_shards_is_a_pure_function():
+    plan = data.plan_shards(range(5, 15), [(512, 512), (640, 384), (512, 512)], 3)
+    assert [s["indices"] for s in plan] == [[0, 2, 3], [5, 6, 8], [9], [1, 4, 7]]
+    assert [s["height"] for s in plan] == [512, 512, 512, 640] and plan[0]["lengths"] == [5, 7, 8]
 
 
-def test_batches_of_the_teacher_need_no_mask():
-    batches = list(precompute.alike([10, 40, 20, 64, 31, 32, 33], 2))
-    assert sorted(sum(batches, [])) == list(range(7)) and max(map(len, batches)) == 2
-    assert batches == [[0, 2], [4, 5], [1, 3], [6]]
+def test_batches_of_alike_captions_need_no_mask():
+    assert list(adapter.batches([10, 40, 20, 64, 31, 32, 33], 2)) == [[0, 2], [4, 5], [1, 3], [6]]
 
 
-# ---- restarts and ranks ---------------------------------------------------------------------------------------------------
+# ---- restarts and ranks --------------------------------------------------------------------------
 
-def test_a_restart_makes_what_is_missing_or_damaged_alike_and_nothing_else(place, copy):
+
+def test_a_restart_makes_what_is_missing_or_cut_off_alike_and_nothing_else(place, copy, capsys):
     whole = contents(copy)
-    a, b, c, d = sorted(n for n in whole if n.endswith(".safetensors"))
-    flipped = bytearray(whole[d])
-    flipped[-5] ^= 1
+    a, b, c, d = sorted(name for name in whole if name.startswith("shard"))
+    (copy / a).unlink()
+    (copy / b).write_bytes(whole[b][:-100])
+    shutil.copy(copy / d, copy / c)
+    (copy / f".{a}.7.part").touch()  # a killed process left it
+    before = (copy / d).stat().st_mtime_ns
+    with pytest.raises(ladd.UserError, match="3 of 4 shards are missing or damaged"):
+        data.Latents(copy)
+    assert run(place, copy, "--clip", place.clip) == 0
+    assert contents(copy) == whole and (copy / d).stat().st_mtime_ns == before
 
-    def mended(kept, damage):
-        damage()
-        before = [os.stat(copy / n).st_mtime_ns for n in kept]
-        assert contents(copy) != whole and run(place, copy, "--clip", place.clip) == 0
-        assert contents(copy) == whole and [os.stat(copy / n).st_mtime_ns for n in kept] == before
-    mended([c, d], lambda: [(copy / a).unlink(), (copy / b).with_suffix(".json").unlink()])        # deleted; killed before its .json
-    mended([a, b], lambda: [(copy / c).write_bytes(whole[c][:-100]), (copy / (c + ".part")).write_bytes(b"half"),
-                            (copy / d).write_bytes(flipped)])
+
+def stop_at(call, module, name, patch):
+    """Ctrl-C at this call of module.name."""
+    function, calls = getattr(module, name), []
+
+    def stops(*args):
+        calls.append(args)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return function(*args)
+
+    patch.setattr(module, name, stops)
 
 
 def test_a_kill_loses_the_shard_in_work_alone(place, tmp_path, monkeypatch, capsys):
-    out, sample, calls = tmp_path / "out", precompute.Teacher.sample, []
-
-    def dies(self, *args):
-        calls.append(1)
-        if len(calls) == 4:                                             # in the second or third shard
-            raise KeyboardInterrupt
-        return sample(self, *args)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(precompute.Teacher, "sample", dies)
-        run(place, out, "--clip", place.clip)
-    done = shards(out)
-    assert done and done.items() < shards(place.made).items()
-    with pytest.raises(ladd.UserError, match=r"\d of 4 shards are missing, shard-0000\d.safetensors the first; go on with: python -m zimage"):
-        data.Latents(out)
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_at(4, adapter, "sample_teacher", patch)  # in the second or third of four shards
+        assert run(place, out, "--clip", place.clip) == 130
+    assert 0 < len(list(out.glob("shard*"))) < 3
     assert run(place, out, "--clip", place.clip) == 0
-    assert shards(out) == shards(place.made)
-    monkeypatch.setattr(precompute, "Teacher", None)                    # whole: no model is loaded
-    assert run(place, out, "--clip", place.clip) == 0 and "are there" in capsys.readouterr().out
+    made, whole = contents(out), contents(place.made)
+    assert {**made, "manifest.json": 0} == {**whole, "manifest.json": 0}  # it holds the command
+    monkeypatch.setattr(precompute, "Teacher", None)  # whole: no model is loaded
+    assert run(place, out, "--clip", place.clip) == 0
+    assert "all 4 shards are there" in capsys.readouterr().out
 
 
-def test_a_kill_while_the_manifest_is_written(place, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "manifest.json.part").write_text("{")
-    assert run(place, tmp_path / "out", "--clip", place.clip) == 0 and shards(tmp_path / "out") == shards(place.made)
+def test_two_ranks_make_the_same_data_as_one(place, tmp_path):
+    out = tmp_path / "out"
+    printed = two_ranks("-m", "zimage.precompute", *arguments(place, out, "--clip", place.clip))
+    assert printed.count("11 samples") == printed.count("are there") == 1  # rank 0 talks for all
+    assert contents(out).keys() == contents(place.made).keys()
+    for path in out.glob("shard*"):
+        one, two = load_file(path), load_file(place.made / path.name)
+        for name in two:  # another process may round otherwise
+            close = {"rtol": 0.02, "atol": 2e-3}
+            torch.testing.assert_close(one[name].float(), two[name].float(), **close)
 
 
-@pytest.mark.parametrize("options, says", [
-    (["--steps", 4], "steps = 4 (was 3)"), (["--guidance", 1], "guidance = 1.0 (was 5.0)"), (["--seed", 1], "seed = 1 (was 0)"),
-    (["--resolution", "64"], "resolution = ['64x64'] (was ['64x64', '32x48'])"), (["--shard-size", 2], "shard_size = 2 (was 3)"),
-    (["--dtype", "bfloat16", "--steps", 2], "steps = 2 (was 3); dtype = bfloat16 (was float32)")])
-def test_a_restart_with_other_settings_is_refused(place, copy, capsys, options, says):
+CHANGES = {
+    "--steps 4": "steps = 4 (was 3)",
+    "--guidance 1": "guidance = 1.0 (was 5.0)",
+    "--seed 1 --dtype bfloat16": "dtype = bfloat16 (was float32)",
+    "--resolution 64": "resolution = ['64x64'] (was ['64x64', '32x48'])",
+    f"--prompts {ROOT}/zimage/prompts/heldout.txt": "prompts = ",
+}
+
+
+@pytest.mark.parametrize("options", CHANGES)
+def test_a_restart_with_other_settings_is_refused(place, copy, capsys, options):
     before = contents(copy)
-    assert run(place, copy, "--clip", place.clip, *options) == 2
-    assert f"--out {copy}: holds data made otherwise: {says}; name a new folder" in one_line(capsys) and contents(copy) == before
+    code = run(place, copy, "--clip", place.clip, *options.split())
+    refused(capsys, code, f"--out {copy}: holds data made otherwise", CHANGES[options])
+    assert contents(copy) == before
 
 
-def test_a_restart_with_other_inputs_is_refused(place, copy, tmp_path, capsys):
-    assert run(place, copy) == 2                                        # without --clip
-    assert "vectors = ['qwen'] (was ['qwen', 'clip'])" in one_line(capsys)
-    (tmp_path / "p.txt").write_text("\n".join([*PROMPTS[:-1], "another"]), encoding="utf-8")
-    assert run(place, copy, "--clip", place.clip, prompts=tmp_path / "p.txt") == 2
-    assert "holds data made otherwise: prompts = " in one_line(capsys)
-    assert run(place, copy, "--clip", place.clip, model=tiny_zimage.save(tmp_path / "other", seed=5)) == 2
-    assert "fingerprint = " in one_line(capsys)
-    shutil.copytree(place.model, tmp_path / "moved")                    # the same model elsewhere
+def test_the_model_may_move_but_not_change(place, copy, tmp_path, capsys):
+    other, options = tiny_zimage.save(tmp_path / "other", seed=5), ["--clip", place.clip, "--model"]
+    refused(capsys, run(place, copy, *options, other), "fingerprint = ")
+    moved = shutil.copytree(place.model, tmp_path / "moved")
     before = contents(copy)
     (copy / "shard-00000.safetensors").unlink()
-    assert run(place, copy, "--clip", place.clip, model=tmp_path / "moved") == 0 and contents(copy) == before
+    assert run(place, copy, *options, moved) == 0 and contents(copy) == before
+    data.Latents(copy).check_model(adapter.model_fingerprint(moved))
+    with pytest.raises(ladd.UserError, match="made by another model"):
+        data.Latents(copy).check_model(adapter.model_fingerprint(other))
 
 
-def test_two_ranks_make_the_same_data_as_one(place, tmp_path, monkeypatch):
-    """Rank 1, another process, starts first and waits for the manifest of rank 0."""
-    out = tmp_path / "out"
-    command = ["-m", "zimage.precompute", "--model", place.model, "--prompts", place.prompts, "--out", out, *TINY, "--clip", place.clip]
-    env = {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "OMP_NUM_THREADS": "1"}
-    other = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    monkeypatch.setenv("RANK", "0"), monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run(place, out, "--clip", place.clip) == 0
-    printed = other.communicate(timeout=120)[0]
-    assert other.returncode == 0 and printed == "", printed             # the first rank talks for all
-    a, b = shards(out), shards(place.made)
-    assert a.keys() == b.keys()
-    for k in a:
-        if k.endswith(".safetensors"):                                  # another process may round otherwise
-            one, two = load(a[k]), load(b[k])
-            assert one.keys() == two.keys()
-            for name in one:
-                torch.testing.assert_close(one[name].float(), two[name].float(), rtol=0.02, atol=2e-3)
-    ours, theirs = (json.loads((folder / "manifest.json").read_text()) for folder in (out, place.made))
-    assert {**ours, "command": 0} == {**theirs, "command": 0}
+# ---- refusals ------------------------------------------------------------------------------------
 
 
-def test_a_rank_does_not_wait_for_ever(place, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1"), monkeypatch.setenv("WORLD_SIZE", "2"), monkeypatch.setattr(precompute, "WAIT", 0)
-    assert run(place, tmp_path / "out") == 2
-    assert "rank 1 waited 0 s for the first rank's manifest.json in vain" in one_line(capsys) and not (tmp_path / "out").exists()
+WRONG = {
+    "--steps 0": "--steps",
+    "--guidance 0.5": "--guidance 0.5: give a number from 1",
+    "--guidance nan": "--guidance nan",
+    "--nonsense": "--nonsense",
+    "--resolution 64,48x40": "'48x40' is no size in multiples of 16",
+    "--resolution 64x": "'64x' is no size",
+    f"--clip {ROOT}": "can't be loaded",
+    f"--model {ROOT}": "transformer/ holds no .safetensors file",
+    "--model no/such-model": "--model no/such-model: no such folder, and the hub gave none",
+}
 
 
-# ---- refusals -------------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("options, says", [
-    (["--steps", 0], "--steps 0: give at least 1"), (["--batch", 0], "--batch 0: give at least 1"),
-    (["--shard-size", -1], "--shard-size -1: give at least 1"), (["--guidance", -0.5], "--guidance -0.5: give a number from 0 up"),
-    (["--guidance", "nan"], "--guidance nan"), (["--guidance", "inf"], "--guidance inf"), (["--guidance", "much"], "invalid float value: 'much'"),
-    (["--dtype", "float16"], "invalid choice: 'float16'"), (["--nonsense"], "--nonsense"),
-    (["--resolution", "500"], "the width 500 of 500 is no multiple of 16; 496 is near"),
-    (["--resolution", "64,48x40"], "the height 40 of 48x40 is no multiple"), (["--resolution", "0"], "the width 0"),
-    (["--resolution", "64x"], "'64x' is no size"), (["--resolution", "a"], "'a' is no size"), (["--resolution", "64,"], "'' is no size"),
-    (["--resolution", "-64"], "--resolution"), (["--resolution", "16x32x48"], "'16x32x48' is no size"),
-    (["--resolution", "64x1040"], "--resolution 64x1040: this model takes sides of at most 1024 pixels"),
-    (["--device", "abacus"], "--device abacus: not here"), (["--device", "cuda:77"], "--device cuda:77: not here")])
-def test_bad_options_are_refused(place, tmp_path, capsys, options, says):
-    assert run(place, tmp_path / "out", *options) == 2
-    assert says in one_line(capsys) and not (tmp_path / "out").exists()
-
-
-def test_missing_options_are_refused(place, capsys):
-    assert run(place, None) == 2
-    assert "--out: say where" in one_line(capsys)
-    assert precompute.main(["--out", "x"]) == 2
-    assert "required: --model, --prompts" in one_line(capsys)
-
-
-@pytest.mark.parametrize("env, says", [
-    ({"RANK": "0", "WORLD_SIZE": "12"}, "11 prompts for 12 ranks"), ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK 2, WORLD_SIZE 2"),
-    ({"RANK": "one"}, "not whole numbers")])
-def test_ranks_that_cannot_work_are_refused(place, tmp_path, capsys, monkeypatch, env, says):
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
-    assert run(place, tmp_path / "out") == 2
-    assert says in one_line(capsys) and not (tmp_path / "out").exists()
-
-
-def test_idle_ranks_are_told_of(place, capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1"), monkeypatch.setenv("WORLD_SIZE", "6")
-    assert run(place, None, "--plan") == 0 and capsys.readouterr().out == ""
-    monkeypatch.setenv("RANK", "0")
-    assert run(place, None, "--plan") == 0 and "NOTE: 2 ranks have nothing to do; a --shard-size of 1 would use all" in capsys.readouterr().out
-
-
-def test_models_that_are_not_there_are_refused(place, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+@pytest.mark.parametrize("options", WRONG)
+def test_bad_options_are_refused(place, tmp_path, capsys, monkeypatch, options):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for options, replaced, says in (([], {"model": "no/such-model"}, "--model no/such-model: no such folder, and the hub gave none"),
-                                    ([], {"model": tmp_path}, "no readable model_index.json"),
-                                    (["--clip", "no/such-clip"], {}, "--clip no/such-clip: no CLIP text encoder"),
-                                    (["--clip", place.model / "text_encoder"], {}, "not a CLIP text encoder")):
-        assert run(place, tmp_path / "out", *options, **replaced) == 2
-        assert says in one_line(capsys) and not (tmp_path / "out").exists()
+    refused(capsys, run(place, tmp_path / "out", *options.split()), WRONG[options])
+    assert not (tmp_path / "out").exists()
 
 
 def test_damaged_models_are_refused(place, tmp_path, capsys):
-    def broken(name, damage):
-        folder = Path(shutil.copytree(place.model, tmp_path / name))
-        damage(folder)
-        assert run(place, tmp_path / "out", model=folder) == 2
-        line = one_line(capsys)
-        assert "--model" in line and not (tmp_path / "out").exists()
-        return line
-    cut = lambda folder: (p := next((folder / "transformer").glob("*.safetensors"))).write_bytes(p.read_bytes()[:-9])
-    assert "the pipeline can't be loaded" in broken("cut", cut)
-    assert "transformer/config.json can't be read" in broken("no-config", lambda folder: (folder / "transformer" / "config.json").unlink())
-    for name in ("use_dynamic_shifting", "stochastic_sampling", "use_karras_sigmas"):
-        other = lambda folder: rewrite(folder / "scheduler" / "scheduler_config.json", **{name: True})
-        assert "no flow-matching Euler of fixed shift" in broken(name, other)
+    folder = Path(shutil.copytree(place.model, tmp_path / "m"))
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    weights.write_bytes(weights.read_bytes()[:-9])
+    refused(capsys, run(place, tmp_path / "out", "--model", folder), "can't be loaded")
+    torch.save(tensors, weights.with_suffix(".bin"))
+    weights.unlink()
+    code = run(place, tmp_path / "out", "--model", folder)
+    refused(capsys, code, "transformer/ holds no .safetensors file")
+    with pytest.raises(ladd.UserError, match="no file named"):
+        adapter.load_transformer(weights.parent, torch.float32)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_are_those_that_from_pretrained_reads(place, tmp_path):
+    """An index wins over a single file that was left beside it, and a variant is not read."""
+    net = tiny_zimage.transformer(seed=3)
+    net.save_pretrained(tmp_path, max_shard_size="500KB")
+    single = place.model / "transformer" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(single, tmp_path)
+    shutil.copy(single, tmp_path / "diffusion_pytorch_model.fp16.safetensors")
+    read = adapter.load_transformer(tmp_path, torch.float32).state_dict()
+    assert all(torch.equal(read[k], v) for k, v in net.state_dict().items())
+
+
+def test_a_lost_weight_is_refused(tmp_path):
+    tiny_zimage.transformer().save_pretrained(tmp_path)
+    rewrite(tmp_path / "config.json", n_layers=5)
+    with pytest.raises(ladd.UserError, match=r"missing or unknown weights, \['layers.4"):
+        adapter.load_transformer(tmp_path, torch.float32)
 
 
 def test_the_fingerprint_is_of_what_decides_the_latents(place, tmp_path):
-    """Another transformer, text encoder or tokenizer is another model; another VAE, scheduler or README is not."""
-    known = adapter.model_fingerprint(place.model)
-
-    def after(damage):
-        folder = Path(shutil.copytree(place.model, tmp_path / "m", dirs_exist_ok=True))
-        damage(folder)
-        return adapter.model_fingerprint(folder)
-    def flipped(path, at):
-        path.write_bytes((raw := bytearray(path.read_bytes()))[:at] + bytes([raw[at] ^ 1]) + raw[at + 1:])
-    assert after(lambda m: [(m / "README.md").write_text("x"), (m / "transformer" / ".cache").mkdir(), (m / "vae" / "config.json").unlink(),
-                            rewrite(m / "scheduler" / "scheduler_config.json", shift=3.0)]) == known
-    seen = {known}
-    for part in ("transformer", "text_encoder"):
-        path = next((place.model / part).glob("*.safetensors"))
-        for at in (0, 60_000, path.stat().st_size - 1):
-            seen.add(after(lambda m: flipped(m / part / path.name, at)))
-            shutil.rmtree(tmp_path / "m")
-        seen.add(after(lambda m: rewrite(m / part / "config.json", extra=1)))
-        shutil.rmtree(tmp_path / "m")
-    name = next(p.name for p in (place.model / "tokenizer").iterdir() if "<|im_start|>" in p.read_text())      # the chat template
-    seen.add(after(lambda m: (m / "tokenizer" / name).write_text((place.model / "tokenizer" / name).read_text() + " ")))
-    assert len(seen) == 10
-    with pytest.raises(ladd.UserError, match="tokenizer/ is missing or empty; download the model again"):
-        after(lambda m: shutil.rmtree(m / "tokenizer"))
+    folder = Path(shutil.copytree(place.model, tmp_path / "m"))
+    seen = [adapter.model_fingerprint(place.model)]
+    rewrite(folder / "vae" / "config.json", extra=1)
+    assert adapter.model_fingerprint(folder) == seen[0]
+    for part in adapter.DECIDING:
+        path = max((folder / part).iterdir(), key=lambda path: path.stat().st_size)
+        raw = bytearray(path.read_bytes())
+        raw[-9] ^= 1
+        path.write_bytes(raw)
+        seen.append(adapter.model_fingerprint(folder))
+    assert len(set(seen)) == 4
 
 
 def test_a_turbo_model_is_warned_of(place, tmp_path, capsys):
-    model = Path(shutil.copytree(place.model, tmp_path / "turbo"))
+    model = Path(shutil.copytree(place.model, tmp_path / "m"))
     rewrite(model / "scheduler" / "scheduler_config.json", shift=3.0)
-    assert run(place, None, "--plan", model=model) == 0 and "looks like Z-Image-Turbo" in capsys.readouterr().out
+    assert run(place, tmp_path / "out", "--plan", "--model", model) == 0
+    assert "looks like Z-Image-Turbo" in capsys.readouterr().out
 
 
-def test_folders_that_cannot_take_the_data_are_refused(place, tmp_path, capsys):
-    (tmp_path / "file").write_text("x")
-    for out, says in (("file", "is no folder"), ("file/out", "is no folder")):
-        assert run(place, tmp_path / out) == 2
-        line = one_line(capsys)
-        assert f"--out {tmp_path / out}: can't be written" in line and says in line
-    assert run(place, "/proc/ladd") == 2
-    assert "--out /proc/ladd: can't be written" in capsys.readouterr().err.splitlines()[-1]
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "thesis.doc").write_text("mine")
-    assert run(place, tmp_path / "full") == 2
-    assert "holds something else (thesis.doc, and no manifest.json)" in one_line(capsys) and [*contents(tmp_path / "full")] == ["thesis.doc"]
-    foreign = "not a 'zimage data' manifest"
-    for text, says in (("{", "can't be read (not JSON)"), ('{"kind": "other"}', foreign), ("[]", foreign)):
-        (tmp_path / "full" / "manifest.json").write_text(text)
-        assert run(place, tmp_path / "full") == 2 and says in one_line(capsys)
-
-
-def test_trouble_on_the_way_ends_in_one_line_and_can_be_gone_on_from(place, tmp_path, capsys, monkeypatch):
-    def last(fault, name, owner):
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, fault)
-            assert run(place, tmp_path / "out") == 2
-        error = capsys.readouterr().err
-        assert "Traceback" not in error and not list((tmp_path / "out").glob("shard-*"))
-        return error.splitlines()[-1]
-
-    def full(path, tensors, about):
-        path.with_name(path.name + ".part").write_bytes(b"half")
+def test_trouble_on_the_way_ends_in_one_line(place, tmp_path, capsys, monkeypatch):
+    def full(*args):
         raise OSError(28, "No space left on device")
 
-    def memory(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
-    assert "No space left on device); make room and run the same command again: it goes on" in last(full, "save_weights", ladd)
-    assert "out of memory (CUDA out of memory. Tried to allocate 2 GiB.); give a smaller --batch" in last(memory, "sample", precompute.Teacher)
-    bad = lambda self, captions, noise: noise.fill_(70_000.0)
-    assert "sample 0: the teacher's latent is not finite in float16 (largest value 7e+04)" in last(bad, "sample", precompute.Teacher)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.doc").touch()
+    refused(capsys, run(place, out), "holds something else, ['thesis.doc']")
+    (out / "thesis.doc").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.torch.save_file", full)
+        refused(capsys, run(place, out), "No space left on device")
+    assert list(contents(out)) == ["manifest.json"]
+    monkeypatch.setattr(adapter, "sample_teacher", lambda *args: args[3].fill_(70_000.0))
+    refused(capsys, run(place, out), "a latent is not finite in float16")
 
 
-def test_plan_times_and_writes_nothing(place, tmp_path, capsys):
-    before = contents(place.folder / "made"), sorted(os.listdir(tmp_path))
+def test_plan_foretells_the_cost_and_writes_nothing(place, tmp_path, capsys):
     assert run(place, tmp_path / "out", "--plan", "--clip", place.clip) == 0
     printed = capsys.readouterr().out
-    assert "11 samples of 64x64, 32x48 in 4 shards: 66 passes" in printed and "hours on 1 like this" in printed and "nothing was" in printed
-    assert "64x64 " in printed.split("plan:")[1] and "32x48 " in printed.split("plan:")[1]
-    assert (contents(place.folder / "made"), sorted(os.listdir(tmp_path))) == before
+    assert "11 samples: 66 passes" in printed and not (tmp_path / "out").exists()
+    for words in ("64x64 ", "32x48 ", "hours on 1 like this"):
+        assert words in printed.split("plan:")[1]
+    foretold = float(printed.split(" GB on disk")[0].split()[-1]) * 1e9
+    tensors = [t for path in place.made.glob("shard*") for t in load_file(path).values()]
+    size = sum(t.numel() * t.element_size() for t in tensors)
+    assert foretold == pytest.approx(size, rel=0.01)
 
 
-def test_the_size_on_disk_is_foretold(place, capsys):
-    assert run(place, None, "--plan", "--clip", place.clip) == 0
-    foretold = float(capsys.readouterr().out.split(" GB on disk")[0].split()[-1]) * 1e9
-    tensors = [t for path in place.made.glob("*.safetensors") for t in load_file(path).values()]
-    assert foretold == pytest.approx(sum(t.numel() * t.element_size() for t in tensors), rel=0.01)
+# ---- reading -------------------------------------------------------------------------------------
 
-
-# ---- reading --------------------------------------------------------------------------------------------------------------
 
 def test_get_gives_the_samples_asked_for(latents):
     x0, cond, noise = latents.get([4, 0])
-    assert x0.shape == noise.shape == (2, 16, 8, 8) and len(cond) == 2 and cond.vector.shape == (2, 32)
-    again = latents.get([0])
-    assert torch.equal(x0[1:], again[0]) and torch.equal(noise[1:], again[2]) and torch.equal(cond.captions[1], again[1].captions[0])
-    with pytest.raises(ValueError, match="of one size"):
+    assert x0.shape == noise.shape == (2, 16, 8, 8) and cond.vector.shape == (2, 32)
+    again, other, _ = latents.get([0])
+    assert torch.equal(x0[1:], again) and torch.equal(cond.captions[1], other.captions[0])
+    with pytest.raises(ValueError, match="not of one size"):
         latents.get([0, 1])
+
+
+def test_prompts_are_indexed_as_a_tensor_is():
+    captions = [torch.full((k + 1, 3), float(k)) for k in range(4)]
+    prompts = adapter.Prompts(captions, torch.arange(4.0)[:, None])
+    rows = torch.tensor([3, 0, 3])
+    for some, places in ((prompts[rows], [3, 0, 3]), (prompts[1:3], [1, 2]), (prompts[:0], [])):
+        assert [len(c) - 1 for c in some.captions] == some.vector[:, 0].tolist() == places
+    assert len(prompts[rows].to("meta")) == 3 and prompts.to("meta").vector.device.type == "meta"
 
 
 def test_read_is_a_window_on_the_joint_batches(latents):
     whole = [latents.read(4 * b, 4, 4, seed=3) for b in range(8)]
-    for b in (5, 0, 7, 2):                                              # in any order: the reader has no state
+    for b in (5, 0, 7, 2):  # in any order: the reader has no state
         x0, cond, noise = latents.read(4 * b + 1, 2, 4, seed=3)
-        assert torch.equal(x0, whole[b][0][1:3]) and torch.equal(noise, whole[b][2][1:3]) and torch.equal(cond.vector, whole[b][1].vector[1:3])
+        assert torch.equal(x0, whole[b][0][1:3]) and torch.equal(noise, whole[b][2][1:3])
+        assert torch.equal(cond.vector, whole[b][1].vector[1:3])
     assert torch.equal(data.Latents(latents.folder).read(28, 4, 4, seed=3)[0], whole[7][0])
-    for start, count in ((2, 3), (0, 5), (0, 0)):
-        with pytest.raises(ValueError, match="more than one joint batch"):
-            latents.read(start, count, 4, seed=3)
-    for batch in (7, 16):                                               # a batch larger than a size has samples
-        assert len(latents.read(0, batch, batch, seed=3)[0]) == batch
-
-
-def reader(sizes, lengths):
-    """A Latents of these samples, without any file."""
-    made = data.Latents.__new__(data.Latents)
-    made.about, made.sizes, made.lengths, made.order = {"count": len(sizes)}, sizes, lengths, (None, [])
-    return made
+    with pytest.raises(ValueError, match="not of one joint batch"):
+        latents.read(2, 3, 4, seed=3)
+    assert len(latents.read(0, 16, 16, seed=3)[0]) == 16  # more than a size has samples
 
 
 @pytest.mark.parametrize("batch", [1, 4, 16])
 def test_every_epoch_shows_every_sample_in_batches_of_one_size(batch):
-    gen = ladd.generator("test")
-    lengths = torch.randint(5, 120, (203,), generator=gen).tolist()
-    sizes = [((64, 64), (48, 80), (80, 48))[i % 3] if i else (8, 8) for i in range(203)]     # one size has a single sample
-    made = reader(sizes, lengths)
-    per_epoch = sum(-(-n // batch) for n in Counter(sizes).values())
-    epochs = [[made.batch_at(e * per_epoch + b, batch, 5) for b in range(per_epoch)] for e in range(3)]
-    padded = lambda i: adapter.padded_length(range(lengths[i]))
+    made = data.Latents.__new__(data.Latents)  # without any file
+    made.about = {"count": 203}
+    made.lengths = torch.randint(5, 120, (203,), generator=ladd.generator("test")).tolist()
+    three = ((64, 64), (48, 80), (80, 48))
+    made.sizes = [three[i % 3] if i else (8, 8) for i in range(203)]  # (8, 8) has one sample
+    epochs = [made.epoch_batches(e, batch, 5) for e in (0, 1, 0)]
     for batches in epochs:
-        assert {i for b in batches for i in b} == set(range(203)) and all(len(b) == batch for b in batches)
-        assert all(len({sizes[i] for i in b}) == 1 for b in batches)
-        mixed = [b for b in batches if len({padded(i) for i in b}) > 1]
-        assert len(mixed) <= 3 * 3                                      # per size at most the boundaries between its four lengths
-        assert sum(map(len, batches)) <= 203 + 4 * (batch - 1)
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert batch == 1 or {frozenset(b) for b in epochs[0]} != {frozenset(b) for b in epochs[1]}     # other company, not only other order
-    again = reader(sizes, lengths)
-    assert again.batch_at(2 * per_epoch, batch, 5) == epochs[2][0] and again.batch_at(0, batch, 5) == epochs[0][0]
-    assert [again.batch_at(b, batch, 6) for b in range(per_epoch)] != epochs[0]
+        assert len(batches) == sum(-(-n // batch) for n in Counter(made.sizes).values())
+        assert {i for b in batches for i in b} == set(range(203))
+        assert all(len(b) == batch and len({made.sizes[i] for i in b}) == 1 for b in batches)
+        lengths = [{adapter.padded_length(made.lengths[i]) for i in b} for b in batches]
+        assert sum(len(each) > 1 for each in lengths) <= 9  # per size: between its four lengths
+    assert epochs[0] == epochs[2] != epochs[1]
+    assert made.epoch_batches(0, batch, 6) != epochs[0]
+    if batch > 1:  # other company, not only another order
+        assert len({frozenset(map(frozenset, batches)) for batches in epochs}) == 2
 
 
-def test_a_shard_is_checked_once_and_read_in_part(place, monkeypatch):
-    made, seen, verify = data.Latents(place.made), [], data.verify
-    monkeypatch.setattr(data, "verify", lambda path, about: (seen.append(path.name), verify(path, about)))
-    made.get([0, 2, 4]), made.get([0]), made.get([6])
-    assert seen == ["shard-00000.safetensors", "shard-00001.safetensors"]
-    monkeypatch.setattr(Path, "read_bytes", None)                       # from now on through safe_open alone
-    assert torch.equal(made.get([0])[0], made.get([0, 2])[0][:1])
-
-
-# ---- damaged data ---------------------------------------------------------------------------------------------------------
-
-def damage_cut(folder, path):
-    path.write_bytes(path.read_bytes()[:-64])
-
-
-def damage_header(folder, path):
-    path.write_bytes(path.read_bytes()[:20])
-
-
-def damage_foreign(folder, path):
-    rewrite(path.with_suffix(".json"), kind="toy teacher")
-
-
-def damage_other_made_of(folder, path):
-    rewrite(path.with_suffix(".json"), made_of={**json.loads(path.with_suffix(".json").read_text())["made_of"], "seed": 8})
-
-
-def damage_swapped(folder, path):
-    for suffix in (".safetensors", ".json"):
-        shutil.copy((folder / "shard-00003").with_suffix(suffix), path.with_suffix(suffix))
-
-
-def damage_sidecar(folder, path):
-    path.with_suffix(".json").write_text("{")
-
-
-def damage_to_no_tensors(folder, path):
-    save_file({}, path)
-
-
-@pytest.mark.parametrize("damage, says", [
-    (damage_cut, "cut off or damaged"), (damage_header, "damaged or cut off"), (damage_foreign, "not a 'zimage shard' file"),
-    (damage_other_made_of, "belongs to other data (seed = 8 (was 0))"), (damage_swapped, "belongs to other data"),
-    (damage_sidecar, "damaged or cut off"), (damage_to_no_tensors, "damaged or cut off")])
-def test_damaged_shards_are_found_at_once(copy, damage, says):
-    damage(copy, path := copy / "shard-00001.safetensors")
-    with pytest.raises(ladd.UserError) as error:
-        data.Latents(copy)
-    assert str(path) in str(error.value) and says in str(error.value) and "run its precompute command again" in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_missing_shards_are_counted(copy):
-    for name in ("shard-00001.safetensors", "shard-00002.json"):
-        (copy / name).unlink()
-    with pytest.raises(ladd.UserError, match="2 of 4 shards are missing, shard-00001.safetensors the first; go on with: python -m zimage"):
-        data.Latents(copy)
-
-
-def test_a_flipped_byte_is_found_when_its_shard_is_first_read(copy):
-    path = copy / "shard-00000.safetensors"
-    path.write_bytes((raw := bytearray(path.read_bytes()))[:-7] + bytes([raw[-7] ^ 4]) + raw[-6:])
-    made = data.Latents(copy)
-    made.get([1])                                                       # in another shard
-    for _ in range(2):
-        with pytest.raises(ladd.UserError, match="shard-00000.safetensors: damaged .its checksum differs"):
-            made.get([0])
-
-
-def test_other_folders_models_and_vectors_are_refused(place, tmp_path, latents):
-    for folder, text, says in ((tmp_path / "none", None, "manifest.json: can't be read (No such file or directory); name a folder that"),
-                               (tmp_path, "x", "can't be read (not JSON)"), (tmp_path, '{"schema": 99}', "not a 'zimage data' manifest")):
-        if text:
-            (folder / "manifest.json").write_text(text)
-        with pytest.raises(ladd.UserError) as error:
-            data.Latents(folder)
-        assert says in str(error.value)
-    with pytest.raises(ladd.UserError, match="holds no vector 't5', only qwen, clip"):
+def test_other_folders_and_vectors_are_refused(place, tmp_path):
+    with pytest.raises(ladd.UserError, match="holds no manifest.json"):
+        data.Latents(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"kind": "other"}')
+    with pytest.raises(ladd.UserError, match="its manifest is no 'zimage data"):
+        data.Latents(tmp_path)
+    with pytest.raises(ladd.UserError, match="holds no such vector; take one of qwen, clip"):
         data.Latents(place.made, vector="t5")
-    latents.check_model(adapter.model_fingerprint(place.model))
-    with pytest.raises(ladd.UserError, match="made by another model"):
-        latents.check_model("0" * 64)
+
+
+# ---- evaluation ----------------------------------------------------------------------------------
+
+
+def make_run(folder, place):
+    """A finished run's folder, written by hand."""
+    tiny_zimage.transformer(seed=5).save_pretrained(folder / "student")
+    recipe = ZImageRecipe(times=(1.0, 0.5), time_probs=(0.5, 0.5), warmup_probs=(0.0, 1.0))
+    made_of = {"teacher": adapter.model_fingerprint(place.model), "latents.model": str(place.model)}
+    made_of |= {"latents.steps": 2, "latents.guidance": 5.0}
+    config = {"world": "zimage", "recipe": dataclasses.asdict(recipe), "data": made_of}
+    ladd.write_json(folder / "config.json", config)
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS[:3]))
+    return folder
+
+
+def judge(run, *options, features=net):
+    argv = [run, "--prompts", run / "prompts.txt", *SMALL, *options]
+    return ladd.run_command_line(lambda a: evaluate.main(a, features), [*map(str, argv)])
+
+
+@pytest.fixture(scope="module")
+def judged(place, tmp_path_factory):
+    """A run with its evaluation, three seeds."""
+    run = make_run(tmp_path_factory.mktemp("judged") / "one", place)
+    assert judge(run, "--clip", place.clip) == 0
+    return run
+
+
+def rows(run):
+    return json.loads((run / "report.json").read_text())["rows"]
+
+
+def pixels(run, name, seed):
+    paths = sorted((run / "evaluation" / name / f"seed-{seed}").glob("*.png"))
+    return np.stack([np.asarray(Image.open(path)) for path in paths])
+
+
+def kid_by_hand(x, y):
+    """The unbiased squared MMD under clean-fid's kernel (x.y / D + 1)^3."""
+    n, apart = len(x), ~np.eye(len(x), dtype=bool)
+    same = [((a @ a.T / a.shape[1] + 1) ** 3)[apart].sum() / (n * (n - 1)) for a in (x, y)]
+    return sum(same) - 2 * ((x @ y.T / x.shape[1] + 1) ** 3).mean()
+
+
+def features_of(images):
+    resize = build_resizer("clean")
+    small = [torch.from_numpy(resize(image)).permute(2, 0, 1) for image in images]
+    return net(torch.stack(small)).double().numpy()
+
+
+def clip_by_hand(folder, images):
+    model, processor = CLIPModel.from_pretrained(folder), CLIPProcessor.from_pretrained(folder)
+    scores = []
+    for image, prompt in zip(images, PROMPTS[:3], strict=True):
+        inputs = processor(text=[prompt], images=[Image.fromarray(image)], return_tensors="pt")
+        with torch.no_grad():
+            cosine = model(**inputs).logits_per_image / model.logit_scale.exp()
+        scores.append(max(0.0, 100 * float(cosine)))
+    return np.mean(scores)
+
+
+def test_figures_equal_independent_ones(place, judged):
+    names = ["teacher@2", "student@2", "student@1", "untrained@2"]
+    assert [r["name"] for r in rows(judged)] == names
+    assert [r["nfe"] for r in rows(judged)] == [4, 2, 1, 2]
+    for row in rows(judged):
+        kid = []
+        for seed, other in ((0, 1), (1, 2), (2, 0)):  # against the teacher's images of another seed
+            x, y = pixels(judged, row["name"], seed), pixels(judged, "teacher@2", other)
+            kid.append(kid_by_hand(features_of(x), features_of(y)))
+        assert row["kid"] == pytest.approx(kid, abs=1e-6)
+        assert row["kid_mean"] == pytest.approx(np.mean(kid), abs=1e-6)
+        assert row["kid_std"] == pytest.approx(np.std(kid, ddof=1), abs=1e-6)
+        clip = [clip_by_hand(place.clip, pixels(judged, row["name"], seed)) for seed in (0, 1, 2)]
+        assert row["clip"] == pytest.approx(clip, abs=1e-3)
+    assert len({r["kid_mean"] for r in rows(judged)}) == 4
+    report = (judged / "report.md").read_text()
+    for words in ("| student@2 | 2 | 2 | ", "3 images of 48x32 per seed", "guidance_scale 4)"):
+        assert words in report
+
+
+def test_images_are_the_ones_the_stock_pipeline_makes(place, judged):
+    student = adapter.load_transformer(judged / "student", torch.float32)
+    flat = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    ways = {"teacher@2": ({}, 2, 4), "untrained@2": ({"scheduler": flat}, 2, 0)}
+    ways["student@1"] = ({"scheduler": flat, "transformer": student}, 1, 0)
+    for name, (parts, steps, scale) in ways.items():
+        pipe = adapter.load_pipeline(place.model, torch.float32, "cpu", **parts)
+        call = {"num_inference_steps": steps, "guidance_scale": scale, "height": 32, "width": 48}
+        for i, shown in enumerate(pixels(judged, name, 2)):
+            noise = adapter.noise_for(2, i, 4, 6)[None]
+            made = pipe(PROMPTS[i], latents=noise, output_type="np", **call).images[0]
+            assert np.abs((made * 255).round() - shown).max() <= 1
+    a, b = (pixels(judged, "student@2", seed).astype(int) for seed in (0, 1))
+    assert np.abs(a - b).mean() > 1, "seeds differ"
+
+
+def test_a_stopped_evaluation_goes_on_on_two_ranks(place, judged, tmp_path, monkeypatch):
+    run = make_run(tmp_path / "one", place)
+    stop_at(14, adapter, "decode", monkeypatch)
+    assert judge(run) == 130 and not (run / "report.json").exists()
+    assert len(list(run.rglob("*.png"))) == 13
+    script, words = tmp_path / "judge.py", "sys.exit(t.judge(t.Path(sys.argv[1])))"
+    script.write_text(f"import test_zimage_data as t, sys\n{words}")
+    two_ranks(script, run)
+    for row, one in zip(rows(run), rows(judged), strict=True):
+        assert row["kid"] == pytest.approx(one["kid"], abs=1e-3) and row["clip"] == []
+        for seed in (0, 1, 2):  # rounding alone: a level of 255 at most
+            a, b = (pixels(r, row["name"], seed).astype(int) for r in (run, judged))
+            assert np.abs(a - b).max() <= 1
+    monkeypatch.setattr(adapter, "load_transformer", None)  # all images are there
+    assert judge(run) == 0
+
+
+def test_images_of_other_settings_are_never_mixed_in(place, judged, tmp_path, capsys):
+    run = Path(shutil.copytree(judged, tmp_path / "one"))
+    refused(capsys, judge(run, "--guidance", 3), "teacher@2", "guidance = 3.0 (was 5.0)")
+    refused(capsys, judge(run, "--resolution", 48), "resolution = [48, 48] (was [32, 48])")
+    (tmp_path / "other.txt").write_text("\n".join(PROMPTS[:2]))
+    refused(capsys, judge(run, "--prompts", tmp_path / "other.txt"), "prompts = ")
+    tiny_zimage.transformer(seed=6).save_pretrained(run / "student")  # another student
+    refused(capsys, judge(run), "student@2", "student = ", "give another --out")
+    for name in ("student@2", "student@1"):
+        shutil.rmtree(run / "evaluation" / name)
+    assert judge(run) == 0
+    kid = [row["kid_mean"] for row in rows(run)]
+    old = [row["kid_mean"] for row in rows(judged)]
+    assert [a == pytest.approx(b, abs=1e-9) for a, b in zip(kid, old, strict=True)] == [1, 0, 0, 1]
+
+
+def test_one_seed_is_judged_against_the_next(place, judged, tmp_path, monkeypatch, capsys):
+    run = Path(shutil.copytree(judged, tmp_path / "one"))
+    console = open(tmp_path / "console", "w", encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", console)  # which can't write what is not ASCII
+    assert judge(run, "--seeds", 1) == 0
+    for row, three in zip(rows(run), rows(judged), strict=True):
+        assert row["kid"] == pytest.approx(three["kid"][1:2], abs=1e-9) and row["kid_std"] is None
+
+
+def test_inception_is_asked_for_before_the_images(place, tmp_path, capsys, monkeypatch):
+    def offline(*args, **settings):
+        raise OSError("no network")
+
+    run = make_run(tmp_path / "one", place)
+    monkeypatch.setattr("cleanfid.inception_torchscript.check_download_inception", offline)
+    code = judge(run, "--features", tmp_path / "nets", features=None)
+    refused(capsys, code, "--features", "can't be loaded or downloaded (OSError)")
+    refused(capsys, judge(run, "--prompts", "nowhere.txt"), "nowhere.txt")
+    refused(capsys, judge(run, "--clip", tmp_path), "can't be loaded")
+    (run / "prompts.txt").write_text("one")
+    refused(capsys, judge(run), "KID needs at least 2 prompts")
+    assert not (run / "evaluation").exists()

@@ -1,137 +1,323 @@
-"""The settings that `python -m toy_mnist.benchmark` runs: each a name and the fields in which its recipe departs from BASE.
+"""What the benchmark runs: its settings, and the losses and worlds that they need beyond ladd.py.
 
-In the order in which they are run, the most telling first. A setting differs from the one it is held `against` by one change,
-and by what that change forces, which its note then names.
+What the core's recipe can't say is a field of `Ablation`. `heads_loss` and `student_loss` act on
+it; `ladd.train` takes them in place of its own.
 """
 
 import dataclasses
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 import ladd
-from toy_mnist.world import PAPER, TOY
+from toy_mnist import progress
+from toy_mnist.data import ColorMNIST, load_mnist
+from toy_mnist.edm import null_cond, sample_dpm, sample_heun, time_grid
+from toy_mnist.judge import conv
+from toy_mnist.world import PAPER, TAPS, TOY, Samples, ToyRecipe, ToyWorld
 
-# What the settings depart from: the validated recipe as it stood when they were run, before `distill_fresh` and `distill_power`.
-BASE = ladd.override(TOY, {"distill_fresh": 0, "distill_power": 0.0})
+UNSEEN = 22_000  # the judge compares with MNIST's digits before this one: none is learnt from
+GAMES = {  # arXiv 1406.2661, 1701.07875: the heads' loss of real and fake, the student's of fake
+    "nonsaturating": (lambda r, f: F.softplus(-r) + F.softplus(f), lambda f: F.softplus(-f)),
+    "wasserstein": (lambda r, f: f - r, lambda f: -f),  # unbounded without a gradient penalty
+}
 
-GROUPS = {"ablations": "One change each from the baseline.",
-          "experiments": "The six experiments of a report on LADD with Color-MNIST (1 to 5 collapsed in colour, 6 did not) as far as a recipe can say them, and for each the "
-                         "change likeliest to save it.",
-          "peers": "Other ways to few steps, on the same network, data and judge."}
+
+@dataclasses.dataclass(frozen=True)
+class Ablation(ToyRecipe):
+    """The toy's recipe, and what only ablations ask for: off by default."""
+
+    loss: str = ladd.field("hinge", "the adversarial game", (*ladd.LOSSES, *GAMES))
+    gradient_penalty: float = ladd.field(0.0, "weight of the gradient penalty")
+    approximate_r1: float = ladd.field(0.0, "weight of approximate R1 on x_t")
+    misaligned: float = ladd.field(0.0, "weight of misaligned pairs")
+    score_weight: float = ladd.field(0.0, "weight of ADD's score distillation")
+    score_weighting: str = ladd.field("exponential", "over t", ("exponential", "sds", "nfsd"))
+    adv_warmup: int = ladd.field(0, "iterations over which adv_weight rises from 0")
+    heads_first: bool = ladd.field(False, "step the heads before the student's gradient is taken")
+
+
+def gradient_penalty(state, world, recipe, b, real, fake):
+    """WGAN-GP (arXiv 1704.00028, eq. 3) on maps between real and fake: (|gradient| - 1)^2.
+
+    As in `ladd.r1_penalty` the norm is taken per place, of the gradient of a head's summed logits.
+    """
+    mix = uniform(recipe, b, "gradient penalty")
+    pairs = zip(real, fake, strict=True)
+    maps = [ladd.interpolate(r, f.float(), mix).requires_grad_() for r, f in pairs]
+    logits = state.heads(maps, b.t_hat, world.head_cond(b.cond), b.t)
+    grads = torch.autograd.grad([k.sum() for k in logits], maps, create_graph=True)
+    norms = [(g.square().sum(1) + 1e-12).sqrt() for g in grads]
+    return ladd.mean_over_heads(lambda norm: (norm - 1).square(), norms)
+
+
+def uniform(recipe, b, name):
+    """A keyed number between 0 and 1 for each sample of the batch. [B]"""
+    noise = ladd.keyed_noise(b.index, (1,), recipe.seed, b.iteration, name)
+    return torch.special.ndtr(noise[:, 0]).to(b.t)
+
+
+def approximate_r1(state, world, recipe, b, real, fake):
+    """Approximate R1 (APT, arXiv 2501.08316): |D(x_t) - D(x_t + noise)|^2 at one t_hat. +1 F."""
+    x_t = ladd.interpolate(b.real, b.eps_real, b.t_real)
+    noise = ladd.keyed_noise(b.index, x_t.shape[1:], recipe.seed, b.iteration, "approximate R1")
+    with torch.no_grad():
+        shaken = world.features(x_t + 0.01 * noise.to(x_t), b.t_real, b.cond)  # as in APT
+    told = b.t_real, world.head_cond(b.cond), b.t
+    logits = state.heads(real, *told), state.heads([m.float() for m in shaken], *told)
+    return ladd.mean_over_heads(lambda a, s: (a - s).square(), *logits)
+
+
+def misaligned(state, world, recipe, b, real, fake):
+    """Real samples under another's condition, as fakes (SANA-Sprint, arXiv 2503.09641). +1 F.
+
+    The teacher is conditioned wrongly too, or the heads would merely compare two conditions. The
+    other sample is the one before in the joint batch, so that micro-batches agree.
+    """
+    _, labels, _, _ = world.batch(b.iteration * recipe.batch, recipe.batch)
+    wrong = labels[(b.index - 1) % recipe.batch].to(b.cond)
+    with torch.no_grad():
+        x_t = ladd.interpolate(b.real, b.eps_real, b.t_real)
+        maps = [m.float() for m in world.features(x_t, b.t_real, wrong)]
+    logits = state.heads(maps, b.t_real, world.head_cond(wrong), b.t)
+    differs = (wrong != b.cond).float()
+    return ladd.mean_over_heads(lambda f: F.relu(1 + f) * ladd.expand(differs, f), logits)
+
+
+def heads_loss(state, world, recipe, b, real, fake):
+    """`ladd.heads_loss`, or that of another game, and the terms that have a weight."""
+    if recipe.loss in GAMES:
+        cond = world.head_cond(b.cond)
+        logits = state.heads(real, b.t_real, cond, b.t), state.heads(fake, b.t_hat, cond, b.t)
+        loss = ladd.mean_over_heads(GAMES[recipe.loss][0], *logits)
+        metrics = {"heads_loss": loss, **ladd.diagnostics(recipe, real, fake, *logits)}
+    else:
+        loss, metrics = ladd.heads_loss(state, world, recipe, b, real, fake)
+    real = [m.float() for m in real]
+    for term in (gradient_penalty, approximate_r1, misaligned):
+        if weight := getattr(recipe, term.__name__):
+            with ladd.autocast(state.device, torch.float32):  # they compare small differences
+                loss = loss + weight * term(state, world, recipe, b, real, fake)
+    return loss, metrics
+
+
+def student_loss(state, world, recipe, b, real, fake, x0_hat):
+    """`ladd.student_loss`, or that of another game, and what else the recipe asks for."""
+    if recipe.heads_first:  # `ladd.train_step` finds no gradient of theirs afterwards
+        norm = nn.utils.clip_grad_norm_(state.heads.parameters(), recipe.clip)
+        if norm.isfinite():  # or it is left there, to be skipped
+            rate = ladd.learning_rate(recipe, b.iteration, student=False)
+            state.heads_opt.param_groups[0]["lr"] = rate
+            state.heads_opt.step()
+            state.heads_opt.zero_grad(set_to_none=True)
+    if recipe.adv_warmup:
+        share = min(1.0, (b.iteration + 1) / recipe.adv_warmup)
+        recipe = dataclasses.replace(recipe, adv_weight=share * recipe.adv_weight)
+    if recipe.loss in GAMES:
+        logits = state.heads(fake, b.t_hat, world.head_cond(b.cond), b.t)
+        metrics = {"student_loss": ladd.mean_over_heads(GAMES[recipe.loss][1], logits)}
+        metrics["distill_loss"] = ladd.distillation_loss(state, world, recipe, b, x0_hat)
+        loss = recipe.adv_weight * metrics["student_loss"]
+        loss = loss + recipe.distill_weight * metrics["distill_loss"]
+    else:
+        loss, metrics = ladd.student_loss(state, world, recipe, b, real, fake, x0_hat)
+    if recipe.score_weight:
+        metrics["score_loss"] = score_loss(world, recipe, b, x0_hat)
+        loss = loss + recipe.score_weight * metrics["score_loss"]
+    return loss, metrics
+
+
+def score_loss(world, recipe, b, x0_hat):
+    """ADD's score distillation (arXiv 2311.17042): c(t) |x0_hat - target|^2 at a random t. +1 F.
+
+    target: the teacher's guess from the noised x0_hat, without gradient. exponential: c = 1 - t.
+    sds: c = t (1 - t) / 2, for the gradient of SDS (arXiv 2209.14988) with w = t^2. nfsd (arXiv
+    2310.17590, +2 F): c = 1, and the target is x0_hat moved along the teacher's direction towards
+    the condition, and for t < 0.2 along that to its guess without condition.
+    """
+    t = uniform(recipe, b, "score")
+    with torch.no_grad():
+        x_t = ladd.interpolate(x0_hat, b.eps_hat, t)
+        target = ladd.velocity_to_x0(x_t, world.teacher(x_t, t, b.cond), t)
+        if recipe.score_weighting == "nfsd":
+            free = ladd.velocity_to_x0(x_t, world.teacher(x_t, t, null_cond(b.cond)), t)
+            low = ladd.expand((t < 0.2).float(), x_t)
+            target = x0_hat + (target - free) + low * (free - x0_hat)
+    c = {"exponential": 1 - t, "sds": t * (1 - t) / 2, "nfsd": 1}[recipe.score_weighting]
+    return (c * (x0_hat - target).square().flatten(1).mean(1)).mean()
+
+
+# ---- Worlds --------------------------------------------------------------------------------------
+
+
+def train_classifier(x0, label, device, steps=600, width=48):
+    """A network of images: the maps of its modules 0 to 4 have the shapes of the toy's taps.
+
+    It is trained to name the digits of x0 [N, 3, 28, 28] by label [N], and is never the judge.
+    """
+    torch.manual_seed(0)
+    w = 2 * width
+    sizes = (3, width, 2), (width, width, 1), (width, w, 2), (w, w, 1), (w, w, 1)
+    blocks = [conv(*size) for size in sizes]
+    net = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(w, 10))
+    opt = torch.optim.AdamW(net.to(device).parameters(), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, total_steps=steps)
+    for i in progress(range(steps), "train the classifier"):
+        index, _ = ladd.reader_indices(len(x0), 64 * i, 64, seed=0)
+        opt.zero_grad()
+        F.cross_entropy(net(x0[index].to(device)), label[index].to(device)).backward()
+        opt.step()
+        schedule.step()
+    return net.eval().requires_grad_(False)
+
+
+class AddWorld(ToyWorld):
+    """The toy with ADD's features (arXiv 2311.17042), of a network that never saw noise."""
+
+    def __init__(self, recipe, options, device):
+        super().__init__(recipe, options, device)
+        self.classifier = train_classifier(self.samples.x0, self.samples.label, device)
+
+    def features(self, x_t, t, cond):
+        return ladd.tapped(self.classifier, "01234", lambda: self.classifier(x_t))
+
+
+class DataWorld(ToyWorld):
+    """The toy with digits of MNIST as its samples, each painted once. No noise made them."""
+
+    @functools.cached_property
+    def samples(self):
+        data = ColorMNIST(*load_mnist(self.options.data_root), seed=self.recipe.samples_seed)
+        x0, label = data.batch(torch.arange(UNSEEN, UNSEEN + self.recipe.samples), epoch=0)
+        return Samples(x0, label, noise=x0, cost={})
+
+    def batch(self, start, count):
+        x0, label, _, real = super().batch(start, count)
+        return x0, label, None, real
+
+
+SAMPLERS = {  # of the teacher; a setting with one of them as its world trains nothing
+    "Euler on EDM's grid": lambda v, z, n, y: ladd.sample_euler(v, z, time_grid(n), y),
+    "Euler evenly": lambda v, z, n, y: ladd.sample_euler(v, z, [1 - k / n for k in range(n)], y),
+    "Heun": sample_heun,
+    "DPM-Solver++": sample_dpm,
+}
+
+# ---- Settings ------------------------------------------------------------------------------------
+
+GROUPS = {
+    "ablations": "One change each from the baseline.",
+    "experiments": "The six experiments of a report on LADD with Color-MNIST (1 to 5 collapsed in "
+    "colour, 6 did not) as far as a recipe can say them, cut from 20,000 iterations, and for each "
+    "the change likeliest to save it: every noise paired, which lets the squared error reach t = 1 "
+    "(6 has that, and gets heads ten times as fast as the student). Not rebuilt: the third, which "
+    "changes the teacher's pooling. Left open by the report: batch, optimizer, whether the squared "
+    "error of 1 to 5 was taken at t = 1 (here: not).",
+    "peers": "Other ways to few steps, on the same network, data and judge.",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
     name: str
     group: str
-    changes: dict                   # of the recipe, from BASE
+    changes: dict  # of the recipe, from BASE
     note: str = ""
-    world: str = "toy"              # whose samples and features: see `peers.WORLDS`
-    against: str = "baseline"       # the setting that the table compares it with
-    missing: str = ""               # why it can't be run
+    world: str = "toy"  # "toy", "add", "data", or one of SAMPLERS
+    against: str = "baseline"  # the setting that the tables compare it with
+
+    def make_world(self, recipe, options):
+        kinds = {"add": AddWorld, "data": DataWorld}
+        return kinds.get(self.world, ToyWorld)(recipe, options, options.device)
 
 
 def recipe_for(setting, budget, seed):
-    """The setting's recipe: BASE, over it the budget's fields, over these the setting's own.
-
-    A setting that asks for more samples than its run would read gets as many as that: the others would only cost time.
-    """
-    recipe = ladd.override(ladd.override(BASE, budget), {**setting.changes, "seed": seed})
-    read = recipe.iterations * recipe.batch
-    return ladd.override(recipe, {"samples": read}) if setting.changes.get("samples", 0) > read else recipe
+    """BASE with the budget's fields, then the setting's: no more samples than its run reads."""
+    fields = {name: value for name, value in budget.items() if hasattr(BASE, name)}
+    recipe = dataclasses.replace(BASE, **{**fields, **setting.changes, "seed": seed})
+    most = recipe.iterations * recipe.batch if "samples" in setting.changes else recipe.samples
+    return dataclasses.replace(recipe, samples=min(recipe.samples, most))
 
 
-def departures(recipe, reference=BASE):
-    """The fields in which recipe differs from reference, with their values."""
-    return {k: new for k, (_, new) in ladd.drift(recipe, reference).items()}
+def departures(recipe):
+    """The fields in which a recipe of the toy differs from BASE, with its values."""
+    return {name: new for name, (_, new) in ladd.diff(Ablation(**vars(recipe)), BASE).items()}
 
 
-def ablation(name, note="", world="toy", against="baseline", **changes):
-    return Setting(name, "ablations", changes, note, world, against)
-
-
-FRESH = dict(paired_share=0.0, distill_below=0.99, backward_simulation=False)
-
+# The validated recipe as it stood when the settings were run, without a target for fresh noise.
+BASE = dataclasses.replace(Ablation(**vars(TOY)), distill_fresh=0, distill_power=0.0)
+FRESH = {"paired_share": 0.0, "backward_simulation": False}  # leaves t < 1 to the squared error
+SWEEPS = {  # field: {name of the setting: value}
+    "head_lr": {"lr-ratio-2": 4e-4, "lr-ratio-20": 4e-3},  # the student's is 2e-4
+    "loss": {"hinge": "hinge", "non-saturating": "nonsaturating"},
+    "r1_weight": {"exact-r1": 0.1},  # an iteration takes thrice as long
+    "approximate_r1": {"approximate-r1": 100.0},  # weight of APT
+    "gen_every": {"gen-every-3": 3, "gen-every-5": 5},  # as many iterations: fewer updates
+    "renoise_mean": {"renoise-low": -0.5, "renoise-middle": 0.5},
+    "batch": {"batch-2": 2, "batch-16": 16},  # as many iterations: fewer samples, and less time
+    "taps": {"taps-encoder": TAPS[:2], "taps-middle": TAPS[2:3], "taps-decoder": TAPS[3:]},
+    "share_noise": {"noise-not-shared": False},
+    "misaligned": {"misaligned-pairs": 1.0},
+    "backward_simulation": {"no-backward-simulation": False},  # x0 is then noised
+    "heads_first": {"heads-first": True},
+    "time_probs": {"times-uniform": (0.25,) * 4},
+    "guidance": {"guidance-1": 1.0, "guidance-4": 4.0},
+    "samples": {"samples-1000": 1000, "samples-50000": 50_000},
+    "ema_half_life": {"no-average": 0.0},
+    "head_width": {"heads-narrow": 32, "heads-wide": 128},
+    "paired_share": {"paired-0": 0.0, "paired-1": 1.0},  # at 0 nothing is left to the squared error
+    "adv_weight": {"adversarial-0": 0.0, "adversarial-1": 1.0},
+    "heads_see_t": {"heads-not-told-t": False},
+}
+CHANGES = {name: {k: v} for k, values in SWEEPS.items() for name, v in values.items()}
+CHANGES |= {"wasserstein": {"loss": "wasserstein", "gradient_penalty": 1.0}}
+CHANGES |= {"fresh-noise": FRESH, "fresh-target": departures(TOY), "paper": departures(PAPER)}
 ABLATIONS = [
-    ablation("baseline", "the validated recipe as it stood before it had distill_fresh and distill_power"),
-    ablation("lr-ratio-2", "heads 2 times as fast as the student (10 in the baseline)", head_lr=2 * BASE.student_lr),
-    ablation("lr-ratio-20", "heads 20 times as fast", head_lr=20 * BASE.student_lr),
-    ablation("hinge", loss="hinge"),
-    ablation("non-saturating", loss="nonsaturating"),
-    ablation("exact-r1", "on every iteration, which makes each about three times as long on a CPU", r1_weight=0.1),
-    ablation("approximate-r1", "weight and noise of APT", approximate_r1=100.0),
-    ablation("gen-every-3", "as many iterations, so a third of the student's updates", gen_every=3),
-    ablation("gen-every-5", "as many iterations, so a fifth of them", gen_every=5),
-    ablation("renoise-low", renoise_mean=-0.5),
-    ablation("renoise-middle", renoise_mean=0.5),
-    ablation("batch-2", "as many iterations, so fewer samples and less time", batch=2),
-    ablation("batch-16", "as many iterations, so fewer samples and less time", batch=16),
-    ablation("taps-encoder", taps=("enc.1", "enc.3")),
-    ablation("taps-middle", taps=("mid.1",)),
-    ablation("taps-decoder", taps=("dec.1", "dec.3")),
-    ablation("noise-not-shared", share_noise=False),
-    ablation("misaligned-pairs", misaligned=1.0),
-    ablation("no-backward-simulation", "the squared error then reaches fresh noise at t < 1 too", backward_simulation=False),
-    ablation("heads-first", "the heads are stepped before the student's gradient is taken", world="heads-first"),
-    ablation("times-uniform", time_probs=(0.25,) * 4),
-    ablation("fresh-noise", "no stored noise, so the squared error is left to t < 1, on noised samples: without backward simulation", **FRESH),
-    ablation("real-data", "fresh-noise with digits of MNIST in place of the teacher's samples (as many, none that the judge compares with); "
-             "a real image has no noise that it was made from", world="data", against="fresh-noise", **FRESH),
-    ablation("guidance-1", "samples of the teacher without guidance", guidance=1.0),
-    ablation("guidance-4", "guided by 4, for the same t", guidance=4.0),
-    ablation("samples-1000", samples=1_000),
-    ablation("samples-50000", samples=50_000),
-    ablation("no-average", "the last weights are judged", ema_half_life=0.0),
-    ablation("heads-narrow", head_width=32),
-    ablation("heads-wide", head_width=128),
-    ablation("wasserstein", "with gradient penalty, without which it has no bound", loss="wasserstein", gradient_penalty=1.0),
-    ablation("paired-0", "the squared error must then stop below t = 1, and backward simulation leaves it no t < 1: the adversarial loss alone",
-             paired_share=0.0, distill_below=0.99),
-    ablation("paired-1", paired_share=1.0),
-    ablation("adversarial-0", "the squared error alone, on the paired half of the batch", adv_weight=0.0),
-    ablation("adversarial-1", adv_weight=1.0),
-    ablation("heads-not-told-t", heads_see_t=False),
-    ablation("fresh-target", "the validated recipe of today, both of its differences at once", **departures(TOY)),
-    ablation("paper", "the paper's method, all of its differences at once", **departures(PAPER)),
+    Setting("baseline", "ablations", {}, "the validated recipe, without a target for fresh noise"),
+    *[Setting(name, "ablations", changes) for name, changes in CHANGES.items()],
+    Setting("real-data", "ablations", FRESH, "digits of MNIST as samples", "data", "fresh-noise"),
 ]
 
-# What the report states for all six; the rest is the paper's method.
-REPORT = {**departures(PAPER), "guidance": 4.0, "guidance_low": 0.0, "guidance_high": 1.0, "student_lr": 1e-4, "head_lr": 5e-5,
-          "adv_weight": 0.1, "distill_weight": 1.0, "distill_below": 0.99}
-PAIRED = dict(paired_share=1.0, distill_below=1.0)
-OPEN = "Left open: batch, optimizer, whether the squared error was taken at t = 1 too (here: below). Its 20,000 iterations are cut to the budget's."
-EARLY = ("stem", "enc.0", "enc.1", "enc.2", "enc.3")
+# What the report states for all of its experiments; the rest is the paper's method.
+REPORT = {**departures(PAPER), "guidance": 4.0, "guidance_low": 0.0, "guidance_high": 1.0}
+REPORT |= {"student_lr": 1e-4, "head_lr": 5e-5, "adv_weight": 0.1, "distill_weight": 1.0}
 NINE = ("enc.0", "enc.1", "enc.2", "enc.3", "mid.1", "dec.0", "dec.1", "dec.2", "dec.3")
+KEPT = {  # of each experiment, what was not kept, and what the report leaves open besides
+    1: "kept: five small heads on early features; not kept: 1x1 convolutions with pooling",
+    2: "kept: four heads of 7.6M in all (there 7.4M), a warm-up of adv_weight; open: taps, warm-up",
+    4: "kept: nine heads of 5.0M in all (there 5.1M); not kept: spectral norm; open: samples, taps",
+    5: "as 4, with five heads (2.8M, on the baseline's taps)",
+    6: "kept: noise stored and given to the student, heads of 2.5M (there 2.6M); open: their taps",
+}
 
 
-def experiment(number, note, **changes):
-    return Setting(f"experiment-{number}", "experiments", {**REPORT, **changes}, note)
+def experiment(number, rescue=("paired_share", 1.0), **changes):
+    """An experiment of the report, and the same with one change to save it."""
+    name, changes = f"experiment-{number}", {**REPORT, **changes}
+    yield Setting(name, "experiments", changes, KEPT[number])
+    yield Setting(f"{name}-rescue", "experiments", {**changes, rescue[0]: rescue[1]}, against=name)
 
 
 EXPERIMENTS = [
-    experiment(1, "Kept: 10,000 samples at guidance 4, heads slower than the student, both weights, five small heads on early features. "
-               f"Not kept: 1x1 convolutions with pooling (ours, 16 wide). {OPEN}", samples=10_000, taps=EARLY, head_width=16),
-    experiment(2, "Kept: 50,000 samples, four heads of 7.6M together (there 7.4M), a warm-up of the adversarial weight. Left open besides: which features, how "
-               "long a warm-up (here 75 iterations).", samples=50_000, taps=("enc.1", "enc.3", "mid.1", "dec.1"), head_width=280, adv_warmup=75),
-    Setting("experiment-3", "experiments", {}, "", missing="not rebuilt: it changes the teacher's pooling"),
-    experiment(4, "Kept: nine heads of 5.0M together (there 5.1M). Not kept: spectral norm. Left open besides: how many samples (here 10,000), which features.",
-               samples=10_000, taps=NINE, head_width=144),
-    experiment(5, "As 4, with five heads (2.8M, on the baseline's taps).", samples=10_000, head_width=144),
-    experiment(6, "Kept: 20,000 samples with their noise stored and given to the student, heads of 2.5M together (there 2.6M), the squared error on those pairs, "
-               "at t = 1 too. Left open besides: how many heads (here five, on the baseline's taps).", samples=20_000, head_width=136, **PAIRED),
+    *experiment(1, samples=10_000, taps=("stem", *NINE[:4]), head_width=16),
+    *experiment(2, samples=50_000, taps=TAPS[:4], head_width=280, adv_warmup=75),
+    *experiment(4, samples=10_000, taps=NINE, head_width=144),
+    *experiment(5, samples=10_000, head_width=144),
+    *experiment(6, ("head_lr", 1e-3), samples=20_000, head_width=136, paired_share=1.0),
 ]
-RESCUES = [Setting(f"{s.name}-rescue", "experiments", {**s.changes, **PAIRED}, "With every noise paired, and the squared error so at t = 1 too.",
-                   against=s.name) for s in EXPERIMENTS if s.name[-1] in "1245"]
-RESCUES += [Setting("experiment-6-rescue", "experiments", {**EXPERIMENTS[5].changes, "head_lr": 1e-3},
-                    "It stood already; with heads ten times as fast as the student, not half.", against="experiment-6")]
 
+CLEAN = {"renoise_mean": -10.0, "renoise_std": 0.0}  # t_hat = sigmoid(-10): no noise
+ADD = {**CLEAN, **FRESH, "loss": "hinge", "r1_weight": 1e-5, "heads_see_t": False, "warmup": 0}
+ADD |= {"time_probs": (0.25,) * 4, "adv_weight": 1.0, "distill_weight": 0.0, "score_weight": 2.5}
 PEERS = [
-    Setting("teacher", "peers", {}, "The teacher itself with four samplers at 1, 2, 4 and 8 steps, nothing trained.", world="teacher"),
-    Setting("regression", "peers", dict(adv_weight=0.0, paired_share=1.0), "Squared error on noise-sample pairs, no adversarial loss."),
-    Setting("add", "peers", dict(taps=tuple(f"body.{k}" for k in range(5)), renoise_mean=-10.0, renoise_std=0.0, loss="hinge", r1_weight=1e-5, heads_see_t=False,
-                                 time_probs=(0.25,) * 4, warmup=0, adv_weight=1.0, distill_weight=0.0, **FRESH, score_weight=2.5),
-            "ADD (arXiv 2311.17042): heads on a classifier's features of the clean guess and sample, score distillation of weight 2.5, R1 of 1e-5, times "
-            "alike often. Learning rates and the rest are the baseline's. Clean means t-hat = sigmoid(-10).", world="add", against="paper"),
-    Setting("classifier-heads", "peers", dict(taps=tuple(f"body.{k}" for k in range(5)), renoise_mean=-10.0, renoise_std=0.0),
-            "The baseline with ADD's heads in place of LADD's: a classifier's features of clean images.", world="add"),
+    *[Setting(f"teacher, {name}", "peers", {}, world=name) for name in SAMPLERS],
+    Setting("regression", "peers", {"adv_weight": 0.0, "paired_share": 1.0}, "no adversarial loss"),
+    Setting("add", "peers", ADD, "ADD, with the baseline's learning rates", "add", "paper"),
+    Setting("add-sds", "peers", {**ADD, "score_weighting": "sds"}, "", "add", "add"),
+    Setting("add-nfsd", "peers", {**ADD, "score_weighting": "nfsd"}, "", "add", "add"),
+    Setting("classifier-heads", "peers", CLEAN, "the baseline with the heads of ADD", "add"),
 ]
 
-SETTINGS = {s.name: s for s in (*ABLATIONS, *sorted(EXPERIMENTS + RESCUES, key=lambda s: s.name), *PEERS)}
+SETTINGS = {setting.name: setting for setting in (*ABLATIONS, *EXPERIMENTS, *PEERS)}

@@ -1,104 +1,119 @@
-"""The toy world: what `python ladd.py --toy` gives to the method, and what it draws and writes at the end."""
+"""The toy world: what `python ladd.py --toy` distils, and how its student is judged."""
 
 import dataclasses
+import functools
 import hashlib
 import json
+import math
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from torchvision.utils import save_image
 from tqdm import tqdm
 
 import ladd
-from ladd import note
-from toy_mnist import report, variants
+from toy_mnist import progress, report
 from toy_mnist.edm import CUNet, EDMVelocity, null_cond, time_grid
-from toy_mnist.judge import WEIGHTS, Judge, describes
+from toy_mnist.judge import WEIGHTS, Judge, load_file
 
 NAME = "toy"
 SHAPE = (3, 28, 28)
-CHUNK = 250                 # images sampled at once
-PART = 500                  # images of the teacher's between two writes of its cache
+CHUNK = 250  # images sampled at once
+PART = 500  # samples of the teacher between two writes of the cache
+CURVE = 1000  # images behind each judged point of a run's curve
 
 
 @dataclasses.dataclass(frozen=True)
 class ToyRecipe(ladd.Recipe):
-    """The core's recipe, the teacher's samples, and what `variants.py` adds to the paper's losses (off by default)."""
+    """The core's recipe, and what the teacher's samples are made of."""
 
-    samples: int = note(3000, "samples of the teacher to learn from", 2, 10 ** 7)
-    samples_seed: int = note(1, "keys the noise and the labels of those samples", 0, 2 ** 31)
-    teacher_steps: int = note(50, "Euler steps of the teacher on EDM's grid", 1, 1000)
-    guidance: float = note(1.3, "its classifier-free guidance w (1 = none)", 0, 100)
-    guidance_low: float = note(0.2, "guidance holds from this t ...", 0, 1)
-    guidance_high: float = note(0.8, "... to this t", 0, 1)
-    loss: str = note("hinge", "the adversarial game", choices=tuple(variants.LOSSES))
-    gradient_penalty: float = note(0.0, "weight of the gradient penalty of loss = wasserstein", 0, 1e6)
-    distill_weight: float = note(0.0, "weight of the squared error to x0, the sample that the stored noise led to", 0, 1e6)
-    distill_below: float = note(0.99, "... for times t up to this one (1 = all: that needs paired_share or distill_fresh)", 0, 1)
-    distill_power: float = note(0.0, "... divided by t to this power (2 = the squared error of the velocity)", 0, 4)
-    distill_fresh: int = note(0, "... and for fresh noise to where the teacher goes from the student's first step, by Euler steps of at most 1 / this (0 = no such target)", 0, 1000)
-    approximate_r1: float = note(0.0, "weight of approximate R1 on the re-noised sample", 0, 1e6)
-    approximate_r1_std: float = note(0.01, "noise of approximate R1", 1e-6, 1)
-    misaligned: float = note(0.0, "weight of real samples with a wrong condition as fakes", 0, 1e6)
-    score_weight: float = note(0.0, "weight of ADD's score distillation", 0, 1e6)
-    score_weighting: str = note("exponential", "its weighting over t", choices=("exponential", "sds", "nfsd"))
-    backward_simulation: bool = note(False, "train t < 1 on what the student itself makes on its way down")
+    samples: int = ladd.field(3000, "samples of the teacher to learn from")
+    samples_seed: int = ladd.field(1, "keys the noise and the labels of those samples")
+    teacher_steps: int = ladd.field(50, "Euler steps of the teacher on EDM's grid")
+    guidance: float = ladd.field(1.3, "its classifier-free guidance w (1 = none)")
+    guidance_low: float = ladd.field(0.2, "guidance holds from this t")
+    guidance_high: float = ladd.field(0.8, "guidance holds up to this t")
 
     def __post_init__(self):
         super().__post_init__()
-        if self.distill_weight and self.distill_below >= 1 and not (self.paired_share or self.distill_fresh):
-            raise ladd.UserError(f"distill_below = {self.distill_below}: at t = 1 a fresh noise says nothing of x0; give 0.99, a paired_share or distill_fresh")
-        if self.distill_fresh and not (self.distill_weight and self.backward_simulation and len(self.times) > 1):
-            raise ladd.UserError(f"distill_fresh = {self.distill_fresh}: it needs a distill_weight, backward_simulation, which takes the student's first step, "
-                                 "and a second time to take it to; or give distill_fresh 0, for none")
-        if self.guidance_low > self.guidance_high:
-            raise ladd.UserError(f"guidance_low = {self.guidance_low}, guidance_high = {self.guidance_high}: guidance would hold nowhere; "
-                                 f"for none, give guidance 1")
-        if self.loss == "wasserstein" and not self.gradient_penalty:
-            raise ladd.UserError("loss = wasserstein: it has no bound without gradient_penalty; give that a weight, say 1")
+        for name, least in (("samples", 2), ("teacher_steps", 1)):
+            value = getattr(self, name)
+            ladd.check(value >= least, f"{name} = {value}: give at least {least}")
+        low, high = self.guidance_low, self.guidance_high
+        message = f"guidance_low = {low} is above guidance_high = {high}; for none give guidance 1"
+        ladd.check(low <= high, message)
 
 
 TAPS = ("enc.1", "enc.3", "mid.1", "dec.1", "dec.3")
-LENGTH = dict(iterations=500, batch=64, warmup=50, taps=TAPS)     # the paper's warm-up of 500 would be all of so short a run
+LENGTH = {"iterations": 500, "batch": 64, "warmup": 50}  # LADD's warm-up of 500 would be all of it
 
-# The paper's method: hinge, its times and probabilities, t-hat ~ LogitNormal(1, 1) drawn for each side by itself, and the
-# adversarial loss alone. Learning rates, heads and the average are ours: the paper gives none.
-PAPER = ToyRecipe(**LENGTH, share_noise=False)
-
-# The validated recipe. Its departures from the paper: the README says what each of them is for.
-TOY = ToyRecipe(**LENGTH, time_probs=(0.5, 0.2, 0.15, 0.15), student_lr=2e-4, head_lr=2e-3, heads_see_t=True,
-                loss="relativistic", adv_weight=0.5, paired_share=0.5, distill_weight=1.0, distill_below=1.0, distill_power=2.0, distill_fresh=5,
-                backward_simulation=True)
+# The validated recipe. The README says what each departure from the paper is for.
+TOY = ToyRecipe(
+    **LENGTH,
+    taps=TAPS,
+    time_probs=(0.5, 0.2, 0.15, 0.15),
+    student_lr=2e-4,
+    head_lr=2e-3,
+    heads_see_t=True,
+    loss="relativistic",
+    adv_weight=0.5,
+    paired_share=0.5,
+    distill_weight=1.0,
+    distill_power=2.0,
+    distill_fresh=5,
+    backward_simulation=True,
+)
+# The paper's method: hinge, its times and probabilities, t_hat ~ LogitNormal(1, 1) drawn for each
+# side by itself, the adversarial loss alone. The paper gives no learning rates, heads or average.
+PAPER = ToyRecipe(**LENGTH, taps=TAPS, share_noise=False)
 RECIPES = {"toy": TOY, "paper": PAPER}
-REFERENCE = TOY
 
 
 def add_arguments(group):
-    group.add_argument("--judge-samples", type=int, default=2000, metavar="N", help="images behind each row of the table (default %(default)s)")
-    group.add_argument("--fid", default="judge", choices=("judge", "inception"), help="whose features: the toy's judge, or clean-fid's Inception (downloads its weights; needs MNIST)")
-    group.add_argument("--data-root", help="folder that holds MNIST/raw, for --fid inception (else LADD_DATA, else a download)")
-    group.add_argument("--weights", default=str(WEIGHTS), metavar="DIR", help="folder of teacher and judge (default: the shipped ones)")
+    add = group.add_argument
+    add(
+        "--judge-samples", type=int, default=2000, help="images behind each row of the table (2000)"
+    )
+    add(
+        "--fid", default="judge", choices=("judge", "inception"), help="whose features FID compares"
+    )
+    add("--data-root", metavar="DIR", help="folder of MNIST/raw, for --fid inception")
+    add("--weights", default=WEIGHTS, metavar="DIR", help="folder of teacher and judge")
 
 
 def make_world(recipe, options, device):
-    return ToyWorld(recipe, options, device)
+    ladd.check(ladd.world_size() == 1, "--toy: it trains in one process; leave torchrun out")
+    world = ToyWorld(recipe, options, device)
+    noise, label = world.draw_noise(1, "taps")  # unknown taps are refused now, not after sampling
+    world.features(noise.to(device), torch.ones(1, device=device), label.to(device))
+    return world
 
 
-def load_teacher(folder, device):
-    """(EDMVelocity, about) of the shipped teacher."""
-    path = Path(folder) / "teacher.safetensors"
-    tensors, about = ladd.load_weights(path, "toy teacher", "config")
-    with describes(path):
-        config = about["config"]
-        velocity = EDMVelocity(CUNet(config["width"], config["emb"]), config["sigma_data"])
-    ladd.fill(velocity.net, tensors, path)
+def load_teacher(folder, device, dtype=torch.float32):
+    """(EDMVelocity, about) of folder/teacher.safetensors, frozen. dtype: for its network."""
+    tensors, about = load_file(folder, "teacher")
+    config = about["config"]
+    net = CUNet(config["width"], config["emb"])
+    net.load_state_dict(tensors)
+    velocity = EDMVelocity(net, config["sigma_data"], dtype)
     return velocity.to(device).eval().requires_grad_(False), about
 
 
+class Samples(NamedTuple):
+    """Samples of the teacher, on the CPU."""
+
+    x0: torch.Tensor  # [n, 3, 28, 28] in [-1, 1]
+    label: torch.Tensor  # [n]
+    noise: torch.Tensor  # [n, 3, 28, 28] that each x0 was made from
+    cost: dict  # {"nfe", "ms_per_image"}
+
+
 class Counted:
-    """A velocity that counts the images it is evaluated on; a guided pass shows each twice."""
+    """A velocity that counts the images it is shown. A guided pass shows each one twice."""
 
     def __init__(self, velocity):
         self.velocity, self.images = velocity, 0
@@ -109,183 +124,200 @@ class Counted:
 
 
 class ToyWorld(ladd.World):
-    shape, cond_dim, early_exit, reference = SHAPE, 10, True, REFERENCE
-    watched = 1000              # images of a judged point, for each of `watched_steps`
+    """Teacher, samples and judge of Color-MNIST. A condition is a label, 0 to 9."""
+
+    reference = TOY
 
     def __init__(self, recipe, options, device):
-        if not 200 <= options.judge_samples <= 10 ** 6:
-            raise ladd.UserError(f"--judge-samples {options.judge_samples}: give 200 (fewer say nothing of 128 features) to 1,000,000")
-        self.recipe, self.options, self.device = recipe, options, device
-        self.teacher, self.about = load_teacher(options.weights, device)
-        self.tap_root = self.teacher.net
-        self.judge = Judge(options.weights, device, options.fid, options.data_root)
-        self.class_share = self.judge.class_share
+        n = options.judge_samples
+        ladd.check(n >= 200, f"--judge-samples {n}: give at least 200, for 128 features")
+        self.options, self.device = options, torch.device(device)
+        dtype = getattr(torch, options.dtype)
+        teacher, self.about = load_teacher(options.weights, self.device, dtype)
+        super().__init__(teacher, recipe)
+        self.judge = Judge(options.weights, self.device, options.fid, options.data_root)
 
-    # ---- what the method asks for ------------------------------------------------------------------------------------
+    def features(self, x_t, t, cond):
+        velocity = self.teacher
+        return ladd.tapped(velocity.net, self.recipe.taps, lambda: velocity(x_t, t, cond))
 
     def head_cond(self, label):
         return F.one_hot(label, 10).float()
 
-    def read(self, start, count):
-        index, _ = ladd.reader_indices(self.recipe.samples, start, count, self.recipe.seed)
-        return self.x0[index], self.labels[index], self.noise[index]
-
-    def terms(self):
-        return variants.terms(self.recipe, self)
-
-    def fingerprint(self):
-        """What the samples were made of: equal fingerprints, equal samples, but for the rounding of another kind of device."""
-        keys = ("samples", "samples_seed", "teacher_steps", "guidance", "guidance_low", "guidance_high")
-        return {"teacher": self.about["sha256"], "class_share": self.class_share, **{k: getattr(self.recipe, k) for k in keys}}
-
-    # ---- the teacher's samples ---------------------------------------------------------------------------------------
-
-    def draw_noise(self, n, *key):
-        """n keyed pairs of unit noise [n, 3, 28, 28] and labels [n], these as frequent as in MNIST."""
-        gen = ladd.generator(*key)
-        return torch.randn(n, *SHAPE, generator=gen), torch.multinomial(torch.tensor(self.class_share), n, True, generator=gen)
-
-    def sample_teacher(self, velocity, noise, label):
-        return ladd.sample_euler(self.guide(velocity), noise, time_grid(self.recipe.teacher_steps), label)
+    def batch(self, start, count):
+        x0, label, noise, _ = self.samples
+        index, _ = ladd.reader_indices(len(x0), start, count, self.recipe.seed)
+        return x0[index], label[index], noise[index], x0[index]
 
     def guide(self, velocity):
-        """The velocity under the recipe's guidance."""
+        """A velocity under the recipe's guidance."""
         r = self.recipe
         return ladd.guided(velocity, null_cond, r.guidance, (r.guidance_low, r.guidance_high))
 
-    def prepare(self):
-        """The teacher's samples, from the cache or made now; the time that the run will take is printed first."""
-        self.print_budget(cached=self.cache_path("samples").with_suffix(".json").exists())
-        n, judged = self.recipe.samples, self.options.judge_samples
-        self.x0, self.labels, self.noise, self.teacher_cost = self.teacher_samples("samples", n)
-        self.more = self.teacher_samples(f"samples-{n}-{judged}", judged - n)[:2] if judged > n else None
+    def teacher_from(self, x_t, t, cond, steps):
+        times = [t * (1 - k / steps) for k in range(steps)]
+        x0 = ladd.sample_euler(self.guide(self.teacher), x_t / t, times, cond)
+        return x0.clamp(-1, 1)  # as the samples are
 
-    def teacher_samples(self, name, n):
-        """n of the teacher's samples: x0 [n, ...], labels [n], noise [n, ...] that each was made from, {nfe, ms_per_image}.
+    def fingerprint(self):
+        """What the samples are made of. Equal fingerprints: equal samples, but for rounding."""
+        names = [f.name for f in dataclasses.fields(ToyRecipe)]
+        own = {k: getattr(self.recipe, k) for k in names if not hasattr(ladd.Recipe, k)}
+        shares = self.judge.class_share  # the labels are drawn by them
+        return {"teacher": self.about["sha256"], "class_share": shares, **own}
 
-        Cached under `name` by a fingerprint of what made them; name keys their noise too.
-        """
-        path, made_of = self.cache_path(name), {**self.made_of(), "samples": n}
-        noise, labels = self.draw_noise(n, self.recipe.samples_seed, name)
+    # ---- the teacher's samples
 
-        def read(path, count):
-            tensors, about = ladd.load_weights(path, "toy samples", "made_of", "cost")
-            with describes(path):
-                x0, cost = tensors["x0"].float(), {k: float(about["cost"][k]) for k in ("nfe", "ms_per_image")}
-            if about["made_of"] != made_of or x0.shape != (count, *SHAPE):
-                raise ladd.UserError(f"{path}: made by other settings than this run's; delete it to have it made again")
-            return x0, cost
-        if path.with_suffix(".json").exists():
-            x0, cost = read(path, n)
-            return x0, labels, noise, cost
-        parts, files = [], []
-        for i in tqdm(range(0, n, PART), desc="sample teacher"):    # part by part, so that a kill loses one at most
-            files.append(path.with_name(f"{path.stem}.part-{i}-{min(n, i + PART)}.safetensors"))
-            if not files[-1].with_suffix(".json").exists():
-                x0, cost = self.run_sampler(self.sample_teacher, self.teacher, noise[i:i + PART], labels[i:i + PART], "part")
-                ladd.save_weights(files[-1], {"x0": x0}, {"kind": "toy samples", "made_of": made_of, "cost": cost})
-            parts.append(read(files[-1], min(n, i + PART) - i))
-        x0 = torch.cat([x for x, _ in parts])
-        cost = {k: sum(len(x) * c[k] for x, c in parts) / n for k in parts[0][1]}
-        ladd.save_weights(path, {"x0": x0}, {"kind": "toy samples", "made_of": made_of, "cost": cost})
-        for file in files:
-            file.with_suffix(".json").unlink(), file.unlink()
-        return x0, labels, noise, cost
+    @functools.cached_property
+    def samples(self):
+        """What the student learns from: made, or read from the cache, at the first batch."""
+        self.print_budget()
+        return self.teacher_samples("samples", self.recipe.samples)
+
+    def draw_noise(self, n, *key):
+        """Keyed unit noise [n, 3, 28, 28], and labels [n] as frequent as in MNIST."""
+        gen = ladd.generator(*key)
+        shares = torch.tensor(self.judge.class_share)
+        return torch.randn(n, *SHAPE, generator=gen), shares.multinomial(n, True, generator=gen)
+
+    def sample_teacher(self, velocity, noise, label, index=None):
+        times = time_grid(self.recipe.teacher_steps)
+        return ladd.sample_euler(self.guide(velocity), noise, times, label)
 
     def made_of(self):
-        """The fingerprint and the kind of device: so a cache never changes what a run on this device computes."""
-        return {**self.fingerprint(), "device": self.device.type}
+        """What decides every bit of the samples: other settings have another place in the cache."""
+        return {**self.fingerprint(), "device": self.device.type, "dtype": self.options.dtype}
 
     def cache_path(self, name):
-        digest = hashlib.sha256(json.dumps(self.made_of(), sort_keys=True).encode()).hexdigest()[:16]
-        return Path(self.options.out) / "cache" / f"{name}-{digest}.safetensors"
+        digest = hashlib.sha256(json.dumps(self.made_of(), sort_keys=True).encode()).hexdigest()
+        return Path(self.options.out).expanduser() / "cache" / f"{name}-{digest[:16]}"
 
-    def run_sampler(self, sampler, velocity, noise, label, desc):
-        """sampler(velocity, noise, label) over all noise, in chunks: images [N, 3, 28, 28] on the CPU, {nfe, ms_per_image}."""
-        counted, parts, began = Counted(velocity), [], time.time()
-        for i in tqdm(range(0, len(noise), CHUNK), desc=desc, leave=False):
-            parts.append(sampler(counted, noise[i:i + CHUNK].to(self.device), label[i:i + CHUNK].to(self.device)).cpu())
-        n = len(noise)
-        return torch.cat(parts).clamp(-1, 1), {"nfe": round(counted.images / n, 2), "ms_per_image": (time.time() - began) / n * 1e3}
+    def teacher_samples(self, name, n):
+        """n `Samples` of the teacher. name keys their noise, and is part of the cache's folder.
 
-    def print_budget(self, cached):
-        """Time one pass of the network and say how long each stage should take on this machine."""
-        noise, label = self.draw_noise(64, 0, "budget")
-        x, t, label = noise.to(self.device), torch.full((64,), 0.5, device=self.device), label.to(self.device)
-        with torch.no_grad():
-            self.teacher(x, t, label)
+        They are made and cached part by part, so a kill loses one part at most. Of two runs that
+        need them at once, one makes them and the other waits.
+        """
+        folder = self.cache_path(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        noise, label = self.draw_noise(n, self.recipe.samples_seed, name)
+        parts = []
+        with FileLock(folder / ".lock"):
+            for index in progress(torch.arange(n).split(PART), "sample the teacher"):
+                path = folder / f"{int(index[0]):07d}.safetensors"
+                part = read_part(path, self.made_of(), len(index))
+                if part is None:
+                    sampler, own = self.sample_teacher, (noise[index], label[index])
+                    part = self.run_sampler(sampler, self.teacher, *own, "part")
+                    about = {"kind": "toy samples", "made_of": self.made_of(), "cost": part[1]}
+                    ladd.save_weights(path, {"x0": part[0]}, about)
+                parts.append(part)
+        cost = {k: sum(len(x) * c[k] for x, c in parts) / n for k in ("nfe", "ms_per_image")}
+        return Samples(torch.cat([x for x, _ in parts]), label, noise, cost)
+
+    def run_sampler(self, sampler, velocity, noise, label, name):
+        """sampler(velocity, noise, label, index), chunk by chunk: images on the CPU, cost."""
+        counted, images, began = Counted(velocity), [], time.time()
+        for index in progress(torch.arange(len(noise)).split(CHUNK), name, leave=False):
+            z, y = noise[index].to(self.device), label[index].to(self.device)
+            images.append(sampler(counted, z, y, index).clamp(-1, 1).cpu())
+        ms = (time.time() - began) / len(noise) * 1e3
+        return torch.cat(images), {"nfe": counted.images / len(noise), "ms_per_image": ms}
+
+    def print_budget(self):
+        """Time one pass of the network; print how long each stage should take on this machine."""
+        r, judged = self.recipe, self.options.judge_samples
+        noise, label = (v.to(self.device) for v in self.draw_noise(64, 0, "budget"))
+        seconds = []
+        for _ in range(4):
             began = time.time()
-            for _ in range(3):
-                float(self.teacher(x, t, label).sum())
-        f, r = (time.time() - began) / 3 / 64, self.recipe
-        more = max(0, self.options.judge_samples - r.samples)
-        passes = lambda times: len(times) + sum(r.guidance != 1 and r.guidance_low <= t <= r.guidance_high for t in times)
-        further = (1 - r.paired_share) * passes(variants.way_down(r.times[1], r.distill_fresh)) if r.distill_fresh else 0
-        stages = {"teacher's samples": f * (more + (0 if cached else r.samples)) * passes(time_grid(r.teacher_steps)),
-                  "distillation": f * r.iterations * r.batch * (6 + (6.5 + further) / r.gen_every),    # 12.5: heads included, as measured
-                  "judging": f * self.options.judge_samples * 40 + 20}
-        print("expected here: " + ", ".join(f"{k} {v / 60:.1f} min" for k, v in stages.items())
-              + f"; together about {sum(stages.values()) / 60:.0f} min")
+            with torch.no_grad():
+                self.teacher(noise, torch.full_like(label, 0.5, dtype=torch.float32), label).cpu()
+            seconds.append((time.time() - began) / len(noise))
 
-    # ---- samples of the student, judged ------------------------------------------------------------------------------
+        times = time_grid(r.teacher_steps)
+        guided = [r.guidance != 1 and r.guidance_low <= t <= r.guidance_high for t in times]
+        cached = PART * len(list(self.cache_path("samples").glob("*.safetensors")))
+        made = max(0, r.samples - cached) + max(0, judged - r.samples)
+        # Passes per sample of an iteration, the heads included, as measured. A fresh noise's target
+        # costs two for each step of the guided teacher.
+        target = 2 * math.ceil(r.distill_fresh * r.times[:2][-1]) * (1 - r.paired_share)
+        stages = {
+            "the teacher's samples": made * (len(times) + sum(guided)),
+            "distillation": r.iterations * r.batch * (6 + (6.5 + target) / r.gen_every),
+            "judging": judged * 40,
+        }
+        minutes = {k: v * min(seconds) / 60 for k, v in stages.items()}
+        words = ", ".join(f"{k} {v:.1f} min" for k, v in minutes.items())
+        ladd.print0(f"expected here: {words}; together about {sum(minutes.values()):.0f} min")
 
-    def sample_student(self, steps):
-        return ladd.student_sampler(self.recipe, steps)
-
-    def sample_grid(self, student, steps, key="grid"):
-        """Ten columns, one per digit, six rows: images [60, 3, 28, 28]."""
-        noise = torch.randn(60, *SHAPE, generator=ladd.generator(self.recipe.seed, key))
-        return self.run_sampler(self.sample_student(steps), student, noise, torch.arange(60) % 10, "grid")[0]
-
-    def watch(self, student, path):
-        """A judged point of the run's curve, on noise and references that no report uses, and a grid."""
-        noise, label = self.draw_noise(min(self.watched, self.options.judge_samples), self.recipe.seed, "curve")
-        point = {}
-        for steps in self.watched_steps():
-            x, _ = self.run_sampler(self.sample_student(steps), student, noise, label, "judge")
-            figures = self.judge(x, label, watch=True)
-            point |= {f"{k}@{steps}": figures[k] for k in ("fid", "accuracy", "hue_entropy")}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_image(torch.cat([self.sample_grid(student, s)[:20] for s in self.watched_steps()]), path, nrow=10, normalize=True, value_range=(-1, 1))
-        tqdm.write(f"real {self.judge.watch_floor:.3g}  " + "  ".join(f"{k} {v:.3g}" for k, v in point.items() if not k.startswith("accuracy")))
-        return point
-
-    def signs(self, point):
-        """Collapse as this world shows it, at the most steps reported: hues missing, or digits that cannot be read."""
-        most = self.reported_steps()[0]
-        limits = {f"hue_entropy@{most}": 0.95 * self.judge.hue_entropy, f"accuracy@{most}": 0.8}
-        return [f"{k} {point[k]:.3f} is under {low:.3f}" for k, low in limits.items() if point[k] < low]
+    # ---- the student's samples
 
     def reported_steps(self):
         return [s for s in (4, 2, 1) if s <= len(self.recipe.times)]
 
-    def watched_steps(self):
-        return self.reported_steps()
+    def sample_student(self, steps):
+        """The student's sampler with so many steps, for `run_sampler`."""
+        return lambda v, z, y, index: ladd.sample_student(v, self.recipe, z, y, steps, index)
 
-    def draw_sample(self, run, steps):
+    def sample_grid(self, velocity, sampler, rows=6, key="grid"):
+        """Ten columns, one per digit: images [10 rows, 3, 28, 28], always from the same noise."""
+        noise = torch.randn(10 * rows, *SHAPE, generator=ladd.generator(self.recipe.seed, key))
+        return self.run_sampler(sampler, velocity, noise, torch.arange(10 * rows) % 10, key)[0]
+
+    def evaluate(self, student, run, step):
+        """Judge 1,000 images per number of steps, on noise and real images that no report uses."""
+        n = min(CURVE, self.options.judge_samples)
+        noise, label = self.draw_noise(n, self.recipe.seed, "curve")
+        metrics, grids = {}, []
+        for steps in self.reported_steps():
+            sampler = self.sample_student(steps)
+            x, _ = self.run_sampler(sampler, student, noise, label, "judge")
+            figures = self.judge(x, label, curve=True)
+            metrics |= {f"{k}@{steps}": v for k, v in figures.items()}
+            grids.append(self.sample_grid(student, sampler, rows=2))
+        draw(torch.cat(grids), run / "samples" / f"{step:07d}.png")
+        tqdm.write(f"iteration {step}  " + "  ".join(f"{k} {v:.3g}" for k, v in metrics.items()))
+        distances = [v for k, v in metrics.items() if k.startswith("fid@")]
+        most = self.reported_steps()[0]  # one step may be poor for long
+        least = {f"hue_entropy@{most}": 0.95 * self.judge.hue_entropy, f"accuracy@{most}": 0.8}
+        low = {k: v for k, v in least.items() if metrics[k] < v}
+        signs = [f"{k} {metrics[k]:.3f} is under {v:.3f}" for k, v in low.items()]
+        return {**metrics, "score": sum(distances) / len(distances), "collapse": signs}
+
+    def save(self, student, run, name="student"):
+        about = {"kind": "toy student", "config": self.about["config"]}
+        about["recipe"] = dataclasses.asdict(self.recipe)
+        ladd.save_weights(run / f"{name}.safetensors", student.net.state_dict(), about)
+
+    def finish(self, student, run):
+        self.save(student, run)
+        report.write(self, run, student)
+
+    def sample(self, run, steps):
         """--sample: a grid from a finished run."""
-        path = run / "student.safetensors"
-        if not path.exists():
-            raise ladd.UserError(f"{path}: this run has no student yet; finish it by --resume --name {run.name}")
-        student, _ = load_teacher(self.options.weights, self.device)
-        ladd.fill(student.net, ladd.load_weights(path, "toy student")[0], path)
-        target = run / f"sample-{steps}.png"
-        save_image(self.sample_grid(student, steps, "sample"), target, nrow=10, normalize=True, value_range=(-1, 1))
-        print(target)
-        return 0
+        tensors, _ = ladd.load_weights(run / "student.safetensors", "toy student")
+        student = self.make_student().eval()
+        student.net.load_state_dict(tensors)
+        picture = run / f"sample-{steps}.png"
+        draw(self.sample_grid(student, self.sample_student(steps), key="sample"), picture)
+        print(picture)
 
-    def save_student(self, path, student, **about):
-        ladd.save_weights(path, student.net.state_dict(), {"kind": "toy student", "config": self.about["config"],
-                                                           "recipe": dataclasses.asdict(self.recipe), **about})
 
-    def score(self, point):
-        """How good a judged point is, less is better: the mean FID over the step counts."""
-        return sum(v for k, v in point.items() if k.startswith("fid@")) / len(self.reported_steps())
+def draw(images, path):
+    """Images [N, 3, 28, 28] in [-1, 1] as a PNG of ten columns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_image(images, path, nrow=10, normalize=True, value_range=(-1, 1))
 
-    def draw_start(self, path):
-        report.draw_start(self, path)
 
-    def finish(self, run, student, changed):
-        """The end of a run: the student's weights, the table, report.json, report.md and report.png."""
-        self.save_student(run / "student.safetensors", student)
-        report.write(self, run, student, changed)
+def read_part(path, made_of, n):
+    """(x0 [n, 3, 28, 28], cost) of cached samples; None where they must be made."""
+    try:
+        tensors, about = ladd.load_weights(path, "toy samples")
+        whole = about["made_of"] == made_of and tensors["x0"].shape == (n, *SHAPE)
+        ladd.check(whole, f"{path}: made by other settings")
+    except ladd.UserError as error:
+        if path.exists():
+            ladd.print0(f"{error}: made anew")
+        return None
+    return tensors["x0"], about["cost"]

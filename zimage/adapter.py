@@ -1,112 +1,128 @@
-"""Z-Image as ladd sees it: the one place where diffusers' conventions become ladd's (stated in ladd.py).
+"""Z-Image as ladd sees it: the one place where diffusers' conventions become ladd's (see ladd.py).
 
-    v = -transformer(x_t, 1 - t)        diffusers' Z-Image is told 1 - sigma, in float32, and returns x0 - eps; sigma is our t
-    guidance w = guidance_scale + 1     `ZImagePipeline` computes pos + scale (pos - neg), with scale 0 for none
+    v = -transformer(x_t, 1 - t)       diffusers' Z-Image is told 1 - sigma and returns x0 - eps;
+                                       its sigma is our t
+    guidance w = guidance_scale + 1    `ZImagePipeline` computes pos + scale (pos - neg), 0 for none
 
 Read off diffusers 0.42.1 and pinned by the tests, which compare with `ZImagePipeline` itself.
+`model` is a folder that `ZImagePipeline.save_pretrained` wrote, or a name on the Hugging Face hub.
+Its weights are read by `from_pretrained` alone, so that everyone reads the same files.
 """
 
 import hashlib
 import json
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
+from einops import rearrange
 from torch import nn
 
 import ladd
-from ladd import UserError
+from ladd import UserError, check
 
 BASE = "Tongyi-MAI/Z-Image"
-CHANNELS = 16           # of a latent
-PIXELS = 8              # of the image per latent pixel, each way
-MAX_TOKENS = 512        # of a prompt, as the pipeline's default
-DECIDING = ("transformer", "text_encoder", "tokenizer")     # the parts of a model that decide its latents, besides the scheduler's shift
+CHANNELS = 16  # of a latent
+PIXELS = 8  # of the image per latent pixel, each way
+MAX_TOKENS = 512  # of a prompt, as the pipeline's default
+DECIDING = ("transformer", "text_encoder", "tokenizer")  # what decides a model's latents
 
 
 class Prompts:
-    """A batch of conditions: captions, a list of text features [L_i, C] (L_i >= 1), and vector [B, D], what the heads are told.
-
-    Slices, moves and has a length as a tensor does, which is all that `ladd.step` asks of a condition.
-    """
+    """A batch of conditions: captions, a list of text features [L_i, C] with L_i >= 1, and vector
+    [B, D], what the heads are conditioned on. A slice or a LongTensor takes some of its rows."""
 
     def __init__(self, captions, vector):
         self.captions, self.vector = list(captions), vector
-        if len(self.captions) != len(vector):
-            raise ValueError(f"{len(self.captions)} captions but {len(vector)} vectors")
 
     def __len__(self):
         return len(self.captions)
 
     def __getitem__(self, rows):
-        return Prompts(self.captions[rows], self.vector[rows])
+        rows = rows.cpu() if torch.is_tensor(rows) else rows
+        rows = torch.arange(len(self))[rows].tolist()
+        return Prompts([self.captions[k] for k in rows], self.vector[rows])
 
     def to(self, device):
         return Prompts([c.to(device) for c in self.captions], self.vector.to(device))
 
 
 class ZImageVelocity(nn.Module):
-    """velocity(x_t [B, 16, h, w], t [B], Prompts) -> v [B, 16, h, w], float32, of a `ZImageTransformer2DModel`.
-
-    dtype: what the transformer computes in (its own, or FSDP's for its parameters); t stays float32, since in bfloat16 730 of
-    1000 would become 732.
-    """
+    """velocity(x_t [B, 16, h, w], t [B], Prompts) -> v [B, 16, h, w], float32, of a
+    `ZImageTransformer2DModel`. dtype: what the transformer computes in (its own, or FSDP's for its
+    parameters); t stays float32, since in bfloat16 730 of 1000 would become 732."""
 
     def __init__(self, transformer, dtype=None):
         super().__init__()
         self.transformer, self.dtype = transformer, dtype or transformer.dtype
 
     def forward(self, x_t, t, cond):
-        x = x_t.to(self.dtype).unsqueeze(2)                                 # [B, 16, 1, h, w]: one frame
-        captions = [c.to(x.device, self.dtype) for c in cond.captions]
-        out = self.transformer(list(x.unbind(0)), 1 - t.float(), captions, return_dict=False)[0]
-        return -torch.stack([o.float() for o in out]).squeeze(2)
+        frames = list(x_t.to(self.dtype).unsqueeze(2))  # B of [16, 1, h, w]: one frame each
+        captions = [c.to(x_t.device, self.dtype) for c in cond.captions]
+        out = self.transformer(frames, 1 - t.float(), captions, return_dict=False)[0]
+        return -torch.stack(out).float().squeeze(2)
 
 
 def image_tokens(f, x_t):
-    """A layer's output [B, S, C], which begins with the image's tokens, as a map [B, C, h/2, w/2]; pads and caption are left out."""
+    """A layer's output [B, S, C] begins with the image's tokens: those, as a map [B, C, h/2, w/2].
+    x_t [B, 16, h, w] is what the network was given. Pads and caption are left out."""
     h, w = x_t.shape[-2] // 2, x_t.shape[-1] // 2
-    return f[:, :h * w].transpose(1, 2).unflatten(2, (h, w))
+    return rearrange(f[:, : h * w], "b (h w) c -> b c h w", h=h)
 
 
-def padded_length(caption):
-    """Tokens of a caption [L, C] in the transformer: it pads to a multiple of 32. Batches of one length need no attention mask."""
-    return -(-len(caption) // 32) * 32
+def padded_length(tokens):
+    """Tokens of a caption in the transformer, which pads each to a multiple of 32."""
+    return -(-tokens // 32) * 32
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading. `model` is a local folder that `ZImagePipeline.save_pretrained` wrote, or a name on the Hugging Face hub.
-# ---------------------------------------------------------------------------------------------------------------------
+def batches(lengths, size):
+    """Samples 0 .. n-1, whose captions have these lengths, in lists of at most `size` and of
+    one padded length each: attention then needs no mask."""
+    padded = [padded_length(n) for n in lengths]
+    for length in sorted(set(padded)):
+        alike = [k for k, n in enumerate(padded) if n == length]
+        yield from (alike[k : k + size] for k in range(0, len(alike), size))
+
+
+def parse_sizes(text):
+    """--resolution as [(height, width)] in pixels: "512" is a square, "640x384" width x height,
+    and commas stand between several. UserError where a side is no multiple of 16."""
+    sizes = []
+    for word in text.lower().split(","):
+        sides = word.strip().split("x")
+        ok = len(sides) <= 2 and all(s.isdecimal() and int(s) and int(s) % 16 == 0 for s in sides)
+        why = f"--resolution {text}: {word!r} is no size in multiples of 16 pixels"
+        check(ok, f"{why}; give 512 or WIDTHxHEIGHT, with commas between several")
+        sizes.append((int(sides[-1]), int(sides[0])))
+    return sizes
+
 
 def model_folder(model):
-    """The local folder of a model; a name on the hub is downloaded (or found in its cache). UserError where neither works."""
-    if Path(model).is_dir():
-        folder = Path(model)
-    else:
+    """The local folder of a model; a name on the hub is downloaded, or found in its cache.
+    UserError where it can't be had, or has no weights as safetensors."""
+    folder = Path(model)
+    if not folder.is_dir():
         from huggingface_hub import snapshot_download
+
         try:
-            folder = Path(snapshot_download(model))
-        except Exception as error:      # the hub raises some ten kinds: no such name, no network, no permission, ...
-            raise UserError(f"--model {model}: no such folder, and the hub gave none ({type(error).__name__}); "
-                            f"download it there first, or name a folder") from error
-    try:
-        kind = json.loads((folder / "model_index.json").read_text()).get("_class_name")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"--model {model}: {folder} has no readable model_index.json; give a folder that "
-                        f"ZImagePipeline.save_pretrained wrote") from error
-    if kind != "ZImagePipeline":
-        raise UserError(f"--model {model}: a {kind}, not a ZImagePipeline")
+            folder = Path(snapshot_download(str(model)))
+        except Exception as error:  # the hub raises some ten kinds: no such name, no network, ...
+            why = f"no such folder, and the hub gave none ({type(error).__name__})"
+            raise UserError(f"--model {model}: {why}; download it, or name a folder") from error
+    for part in ("transformer", "text_encoder"):
+        why = f"{part}/ holds no .safetensors file, and no other weights are read"
+        found = any((folder / part).glob("*.safetensors"))
+        check(found, f"--model {model}: {why}; name the folder of a ZImagePipeline")
     return folder
 
 
 def model_fingerprint(folder, parts=DECIDING):
-    """A digest of some parts' files, by default of those that decide the teacher's samples: names, sizes, and 64 KiB of either end of each
-    (32 GB are not read through)."""
+    """A digest of some parts' files, by default of those that decide the teacher's samples: names,
+    sizes, and 64 KiB of either end of each (32 GB are not read through)."""
     digest = hashlib.sha256()
     for part in parts:
-        files = sorted(p for p in (Path(folder) / part).glob("[!.]*") if p.is_file())
-        if not files:
-            raise UserError(f"--model {folder}: {part}/ is missing or empty; download the model again, or name another")
-        for path in files:
+        for path in sorted(p for p in (Path(folder) / part).glob("[!.]*") if p.is_file()):
             size = path.stat().st_size
             with open(path, "rb") as f:
                 digest.update(f"{part}/{path.name} {size} ".encode() + f.read(1 << 16))
@@ -115,84 +131,74 @@ def model_fingerprint(folder, parts=DECIDING):
     return digest.hexdigest()
 
 
-def header(path):
-    """What a safetensors file says of itself: ({tensor: its dtype, shape and place}, the bytes that the file must have)."""
-    with open(path, "rb") as f:
-        n = int.from_bytes(f.read(8), "little")
-        if n > path.stat().st_size:
-            raise ValueError("cut off in its header")
-        tensors = json.loads(f.read(n))
-    tensors.pop("__metadata__", None)
-    return tensors, 8 + n + max(entry["data_offsets"][1] for entry in tensors.values())
-
-
-def tensors_of(path):
-    """`header`'s tensors of one of the model's files; UserError where it is damaged or cut off."""
-    try:
-        tensors, size = header(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged or cut off ({reason(error)}); download the model again") from error
-    if path.stat().st_size != size:
-        raise UserError(f"{path}: damaged or cut off ({path.stat().st_size} bytes, not {size}); download the model again")
-    return tensors
-
-
 def turbo_warning(model, folder):
-    """A warning where the model, by its name or the files in its folder, looks like Z-Image-Turbo, which is a few-step student already;
-    None otherwise."""
+    """A warning where the model looks like Z-Image-Turbo by its name or its scheduler's shift,
+    which is a few-step student already; None otherwise."""
+    shift = json.loads((folder / "scheduler" / "scheduler_config.json").read_text()).get("shift")
+    if shift != 3.0 and "turbo" not in Path(model).name.lower():
+        return None
+    return f"WARNING: {model} looks like Z-Image-Turbo, distilled already; the base model is {BASE}"
+
+
+def load(kind, folder, **options):
+    """kind.from_pretrained(folder), from safetensors and in silence; UserError where it fails."""
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
     try:
-        shift = json.loads((Path(folder) / "scheduler" / "scheduler_config.json").read_text()).get("shift")
-    except (OSError, ValueError, AttributeError):
-        shift = None
-    if shift == 3.0 or "turbo" in Path(model).name.lower():
-        return (f"WARNING: {model} looks like Z-Image-Turbo (scheduler shift {shift}), which is distilled already; "
-                f"the teacher should be the base model, {BASE}")
-    return None
+        return kind.from_pretrained(folder, use_safetensors=True, **options)
+    except Exception as error:  # by what is missing or damaged
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{folder}: can't be loaded ({why}); get it anew, or name another"
+        ) from error
 
 
-def reason(error):
-    """The first line of an exception's message, or its kind where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def load_transformer(folder, dtype, way_out="download the model again, or name another"):
-    """The transformer that lies in `folder` itself, in dtype, frozen. UserError, ending in way_out, where its
-    files are missing, damaged or lack a weight."""
-    from diffusers import ZImageTransformer2DModel
-    try:
-        model, told = ZImageTransformer2DModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    except Exception as error:          # OSError, ValueError, SafetensorError, ...: by what is damaged
-        raise UserError(f"{folder}: can't be loaded ({reason(error)}); {way_out}") from error
-    if wrong := sorted(told["missing_keys"]) + sorted(told["unexpected_keys"]):     # diffusers would fill a lost weight with anything
-        raise UserError(f"{folder}: {len(wrong)} weights are missing or unknown, {wrong[0]} among them; {way_out}")
+def load_transformer(folder, dtype):
+    """The transformer that lies in `folder` itself, in dtype, frozen. UserError where its files are
+    missing, damaged or lack a weight, which diffusers would fill with anything."""
+    kind = diffusers.ZImageTransformer2DModel
+    model, found = load(kind, folder, dtype=dtype, output_loading_info=True)
+    wrong = sorted(found["missing_keys"]) + sorted(found["unexpected_keys"])
+    check(not wrong, f"{folder}: missing or unknown weights, {wrong[:1]} the first; name another")
     return model.eval().requires_grad_(False)
 
 
 def load_pipeline(folder, dtype, device, **parts):
-    """The whole `ZImagePipeline`; parts (transformer=None, vae=None, ...) replace or leave out what is not needed."""
-    from diffusers import ZImagePipeline
-    try:
-        pipe = ZImagePipeline.from_pretrained(folder, dtype=dtype, **parts)
-    except Exception as error:
-        raise UserError(f"--model {folder}: the pipeline can't be loaded ({reason(error)})") from error
+    """The whole `ZImagePipeline`; parts, such as vae=None, replace or leave out what is there."""
+    if "transformer" not in parts:
+        parts["transformer"] = load_transformer(Path(folder) / "transformer", dtype)
+    pipe = load(diffusers.ZImagePipeline, folder, dtype=dtype, **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
 
 def load_vae(folder, dtype, device):
     """The pipeline's VAE alone, frozen."""
-    from diffusers import AutoencoderKL
-    try:
-        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=dtype)
-    except Exception as error:
-        raise UserError(f"--model {folder}: the VAE can't be loaded ({reason(error)})") from error
+    vae = load(diffusers.AutoencoderKL, Path(folder) / "vae", dtype=dtype)
     return vae.to(device).eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def encode(pipe, prompts):
     """Text features of a list of prompts, by the pipeline's own encoder: a list of [L_i, C]."""
-    return pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=MAX_TOKENS)[0]   # it writes to the list
+    copy = list(prompts)  # the pipeline writes to the list
+    return pipe.encode_prompt(copy, None, False, max_sequence_length=MAX_TOKENS)[0]
+
+
+def sample_teacher(pipe, captions, null, noise, steps, guidance):
+    """Noise [B, 16, h, w] -> the teacher's latents [B, 16, h, w], float32, by the stock pipeline.
+    captions: B of [L_i, C]; null [L, C]: the empty prompt's; guidance: w >= 1, 1 for none."""
+    return pipe(
+        prompt_embeds=list(captions),
+        negative_prompt_embeds=[null] * len(noise),
+        latents=noise,
+        height=PIXELS * noise.shape[2],
+        width=PIXELS * noise.shape[3],
+        num_inference_steps=steps,
+        guidance_scale=guidance - 1,
+        output_type="latent",
+    ).images
 
 
 @torch.no_grad()
@@ -201,28 +207,9 @@ def decode(vae, latents, batch=4):
     images = []
     for z in latents.split(batch):
         z = z.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        images.append((vae.decode(z, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1).cpu())
+        image = vae.decode(z, return_dict=False)[0].float()
+        images.append((image / 2 + 0.5).clamp(0, 1).cpu())
     return torch.cat(images)
-
-
-def teacher_times(steps, shift):
-    """The pipeline's times for so many steps: linspace(1, 1/N, N) under the scheduler's shift, s t / (1 + (s - 1) t)."""
-    return [shift * t / (1 + (shift - 1) * t) for t in torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()]
-
-
-def scheduler_shift(folder, steps):
-    """The shift of the model's scheduler; UserError where its times are not those of `teacher_times`."""
-    scheduler = load_pipeline(folder, torch.float32, "cpu", transformer=None, text_encoder=None, tokenizer=None, vae=None).scheduler
-    shift = scheduler.config.get("shift")
-    try:
-        scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
-        same = torch.allclose(scheduler.sigmas[:-1].double(), torch.tensor(teacher_times(steps, shift), dtype=torch.float64), atol=1e-5)
-    except (TypeError, ValueError):
-        same = False
-    if not same or scheduler.config.get("stochastic_sampling"):
-        raise UserError(f"--model {folder}: its scheduler is no flow-matching Euler of fixed shift ({type(scheduler).__name__}, shift {shift}); "
-                        f"restore scheduler/scheduler_config.json of {BASE}")
-    return float(shift)
 
 
 def noise_for(seed, index, h, w):

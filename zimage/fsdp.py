@@ -1,102 +1,81 @@
-"""Z-Image's transformer over the ranks: building it, sharding it by FSDP2 (torch.distributed.fsdp.fully_shard), gathering it.
+"""Z-Image's transformer over the ranks: loading it, sharding it by FSDP2, gathering it.
 
-Only rank 0 reads the weights; the others are sent them tensor by tensor, and keep their part. One process is a group of one, so there is one code path.
+Rank 0 alone reads the files; the others are sent the weights one by one. A process without torchrun
+is a group of one, so there is one code path.
 """
-
-import shutil
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from diffusers import ZImageTransformer2DModel
+from torch.distributed.checkpoint import state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 import ladd
-from ladd import UserError
-from zimage import lora
-from zimage.adapter import reason, tensors_of
+from zimage.adapter import load_transformer
 
 
 def start_alone(device):
     """FSDP wants a process group; without torchrun it is a group of one."""
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def skeleton(folder):
-    """The model folder's transformer without memory for its weights. UserError where its configuration makes none."""
-    from diffusers import ZImageTransformer2DModel
-    try:
-        config = ZImageTransformer2DModel.load_config(folder, subfolder="transformer")
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {folder}: transformer/config.json can't be read ({reason(error)}); restore it") from error
-    try:
-        with torch.device("meta"):
-            return ZImageTransformer2DModel.from_config(config)
-    except Exception as error:          # by what is wrong in it
-        raise UserError(f"--model {folder}: transformer/config.json makes no transformer ({reason(error)}); restore it") from error
+def skeleton(config):
+    """The transformer of a configuration, without memory for its weights."""
+    with torch.device("meta"):
+        return ZImageTransformer2DModel.from_config(config)
 
 
-def check_files(folder, model):
-    """UserError where the files of the transformer's weights, by their headers, are damaged or hold other weights than `skeleton`'s."""
-    have = {k: tensor["shape"] for path in weight_files(folder) for k, tensor in tensors_of(path).items()}
-    want = {k: list(p.shape) for k, p in model.state_dict().items()}
-    if wrong := sorted(ladd.drift(want, have)):
-        raise UserError(f"--model {folder}: {len(wrong)} weights do not fit its transformer/config.json, {wrong[0]} first; download it again")
+def shard(model, device, compute_dtype, **root):
+    """Split a skeleton's parameters over the ranks, block by block; they have no values yet.
 
-
-def weight_files(folder):
-    files = sorted((Path(folder) / "transformer").glob("*.safetensors"))
-    if not files:
-        raise UserError(f"--model {folder}: transformer/ holds no safetensors; download the model again, or name another")
-    return files
-
-
-def read_weights(folder):
-    """All weights of the transformer, on the CPU."""
-    from safetensors.torch import load_file
-    return {k: v for path in weight_files(folder) for k, v in load_file(path).items()}
-
-
-def build(model, read, dtype, device, sharded, compute_dtype, frozen):
-    """model, a skeleton, with parameters of dtype on device; sharded over the ranks or whole on each of them.
-
-    read() -> {name: tensor}, its weights, asked for on rank 0 alone. compute_dtype: what a sharded one computes in (gradients are reduced in float32). frozen: no gradients for its weights; its root
-    then stays gathered, since FSDP cannot gather it again for a backward pass that begins at a tap.
+    compute_dtype: what the gathered weights are cast to. Gradients are reduced in float32, and t
+    stays float32. root: options of `fully_shard` for what lies outside of the blocks.
     """
-    model = torch.nn.Module.to(model, dtype).requires_grad_(not frozen)      # diffusers' own `to` warns in vain
-    weights = {k: v.to(dtype) for k, v in read().items()} if ladd.rank() == 0 else {}
+    mesh = init_device_mesh(device.type, (ladd.world_size(),))
+    policy = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
+    for block in (*model.noise_refiner, *model.context_refiner, *model.layers):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, **root)
+
+
+def load_teacher(folder, config, dtype, device, sharded):
+    """The transformer in `folder`, in dtype, frozen; whole on every rank, or sharded over them."""
+    weights = load_transformer(folder, dtype).state_dict() if ladd.rank() == 0 else {}
+    model = torch.nn.Module.to(skeleton(config), dtype)  # diffusers' own `to` warns in vain
     if sharded:
-        mesh = init_device_mesh(device.type, (ladd.ranks(),))
-        policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)   # t stays float32
-        for block in (*model.noise_refiner, *model.context_refiner, *model.layers):
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=None if frozen else True)
-        model.to_empty(device=device)
-        set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-    else:
-        model.to_empty(device=device)
-        if weights:
-            model.load_state_dict(weights)
-        if ladd.ranks() > 1:
-            for p in model.parameters():
-                dist.broadcast(p.data, 0)
-    return model.eval() if frozen else model.train()
+        # The root stays gathered: FSDP can't gather it for a backward pass that begins at a tap.
+        shard(model, device, dtype, reshard_after_forward=None)
+    model.to_empty(device=device)
+    options = state_dict.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    state_dict.set_model_state_dict(model, weights, options=options)
+    return model.eval().requires_grad_(False)
 
 
-def save_whole(transformer, folder, dtype):
-    """The gathered weights in dtype, LoRA merged, as `save_pretrained` writes them, into a folder beside `folder`, by rank 0; returns
-    that, to be renamed."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(transformer, options=options)        # on every rank: it exchanges
+def make_student(teacher, device, compute_dtype):
+    """The teacher's transformer with float32 weights of its own, sharded, to be trained.
 
-    def save():
-        with torch.device("meta"):
-            whole = type(transformer).from_config(transformer.config)
-        whole.load_state_dict({k: v.to(dtype) for k, v in lora.merge(weights).items()}, assign=True)
-        part = Path(folder).with_name(Path(folder).name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        whole.save_pretrained(part)
-        return part
-    return ladd.from_first(save)
+    Each rank fills its part from the teacher's weights that it holds already: nothing is sent.
+    """
+    student = skeleton(teacher.config)
+    shard(student, device, compute_dtype, reshard_after_forward=True)
+    student.to_empty(device=device)
+    for p, w in zip(student.parameters(), teacher.parameters(), strict=True):
+        if not isinstance(w, DTensor):
+            w = distribute_tensor(w, p.device_mesh, p.placements, src_data_rank=None)
+        p.to_local().detach().copy_(w.to_local())
+    return student.train()
+
+
+def gather(transformer, dtype):
+    """The whole transformer in dtype, on rank 0's CPU; None elsewhere. All ranks must call it."""
+    options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = state_dict.get_model_state_dict(transformer, options=options)
+    if ladd.rank() > 0:
+        return None
+    whole = skeleton(transformer.config)
+    whole.load_state_dict({k: v.to(dtype) for k, v in weights.items()}, assign=True)
+    return whole

@@ -1,45 +1,56 @@
-"""A LoRA student (arXiv 2106.09685) by peft: W + B A beside every linear layer of attention and feed-forward, W frozen, B from 0.
+"""A LoRA student (arXiv 2106.09685) by peft: W + B A beside every linear layer of attention and
+feed-forward, W frozen, B from 0.
 
-W is the teacher's own weight, of which there is one set for both, so a single GPU has room for it; A and B are float32, and small enough to be
-replicated over the ranks. peft's factor alpha / rank is 1 here: alpha = rank.
+W is the teacher's own weight, of which there is one set for both, so a single GPU has room for it.
+A and B are float32, and small enough to be copied to every rank. peft's factor alpha / rank is 1.
 """
 
 import copy
-import os
-import shutil
-from pathlib import Path
 
+import torch.distributed as dist
+from diffusers import ZImagePipeline
+from peft import LoraConfig, get_peft_model_state_dict
 from torch import nn
 
+import ladd
 from zimage.adapter import ZImageVelocity
 
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
+CARD = """A LoRA for {model}, distilled by LADD. The student was trained at times that the
+stock pipeline asks for only without the scheduler's shift, so change the scheduler too:
+
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
+    pipe = ZImagePipeline.from_pretrained("{model}")
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    pipe.load_lora_weights("{folder}")
+    image = pipe("a red fox in fresh snow", {call}).images[0]
+"""
 
 
 def size(transformer, rank):
     """How many weights a LoRA of this rank adds to a transformer."""
     ends = tuple(f".{name}" for name in LAYERS)
-    return sum(rank * (m.in_features + m.out_features) for name, m in transformer.named_modules() if name.endswith(ends))
-
-
-def attach(transformer, rank):
-    """A transformer with LoRA, equal to the frozen one given, which stays as it is: the modules are copied, their weights shared."""
-    from peft import LoraConfig, inject_adapter_in_model
-    student = copy.deepcopy(transformer, {id(p): p for p in transformer.parameters()})
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LAYERS)), student)
-    for p in student.parameters():
-        if p.requires_grad:                             # peft makes them in W's dtype, where bfloat16 would round updates away
-            p.data = p.data.float()
-    return student
+    linear = [m for name, m in transformer.named_modules() if name.endswith(ends)]
+    return sum(rank * (m.in_features + m.out_features) for m in linear)
 
 
 class LoraVelocity(nn.Module):
-    """`ZImageVelocity` of a transformer with LoRA. Its parameters are LoRA's alone: what is trained, averaged and saved."""
+    """velocity(x_t, t, cond) of a frozen transformer with LoRA, which starts as that transformer.
 
-    def __init__(self, transformer, dtype):
+    The modules are copied, their weights shared. `parameters` are LoRA's alone: they are what is
+    trained, averaged and saved.
+    """
+
+    def __init__(self, transformer, rank, dtype):
         super().__init__()
-        self.lora = nn.ParameterList(p for p in transformer.parameters() if p.requires_grad)
-        self.velocity = [ZImageVelocity(transformer, dtype)]        # in a list: no submodule
+        student = copy.deepcopy(transformer, {id(p): p for p in transformer.parameters()})
+        student.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LAYERS)))
+        self.lora = nn.ParameterList(p for p in student.parameters() if p.requires_grad)
+        for p in self.lora:
+            p.data = p.data.float()  # peft makes them in W's dtype: bfloat16 loses small updates
+            if ladd.world_size() > 1:
+                dist.broadcast(p.data, 0)
+        self.velocity = [ZImageVelocity(student, dtype)]  # in a list: no submodule
 
     @property
     def transformer(self):
@@ -49,22 +60,22 @@ class LoraVelocity(nn.Module):
         return self.velocity[0](x_t, t, cond)
 
 
-def merge(weights):
-    """A transformer's weights with LoRA's B A added to W, by the names of one without LoRA; without LoRA they come back as they are."""
-    whole = {k.replace(".base_layer.", "."): w for k, w in weights.items() if ".lora_" not in k}
-    for k, a in weights.items():
-        if ".lora_A." in k:
-            w, b = f"{k.split('.lora_A.')[0]}.weight", weights[k.replace(".lora_A.", ".lora_B.")]
-            whole[w] = (whole[w].float() + b @ a).to(whole[w].dtype)
+def merged(transformer):
+    """A copy on the CPU without LoRA, whose weights are W + B A."""
+    weights = {id(p): p.detach().to("cpu", copy=True) for p in transformer.parameters()}
+    whole = copy.deepcopy(transformer, {k: nn.Parameter(w, False) for k, w in weights.items()})
+    whole.fuse_lora()
+    whole.unload_lora()
     return whole
 
 
-def save(transformer, folder):
-    """LoRA's weights alone, for `ZImagePipeline.load_lora_weights(folder)`."""
-    from diffusers import ZImagePipeline
-    from peft import get_peft_model_state_dict
-    part = Path(folder).with_name(Path(folder).name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    ZImagePipeline.save_lora_weights(part, transformer_lora_layers=get_peft_model_state_dict(transformer))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
+def save(transformer, folder, model, call):
+    """LoRA's weights alone, for `ZImagePipeline.load_lora_weights(folder)`, and how to sample them.
+
+    model: the base model; call: the arguments with which its pipeline asks for the trained times.
+    """
+    with ladd.replacing(folder) as part:
+        layers = get_peft_model_state_dict(transformer)
+        ZImagePipeline.save_lora_weights(part, transformer_lora_layers=layers)
+        card = CARD.format(model=model, folder=folder, call=call)
+        (part / "README.md").write_text(card, encoding="utf-8")

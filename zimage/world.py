@@ -1,248 +1,299 @@
-"""The Z-Image world: what `torchrun ladd.py --zimage` gives to the method. Nothing here has been proven at full scale: see the README."""
+"""The Z-Image world: what `torchrun ladd.py --zimage` gives to the method.
+
+Nothing here has been proven at full scale: see docs/zimage.md.
+"""
 
 import dataclasses
-import os
-import shutil
-from pathlib import Path
+import textwrap
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 import ladd
-from ladd import note, say
-from zimage import fsdp, lora
-from zimage.adapter import (BASE, ZImageVelocity, decode, image_tokens, load_vae, model_fingerprint, model_folder, turbo_warning)
+from ladd import UserError, check, field, print0
+from zimage import adapter, fsdp, lora
 from zimage.data import Latents
 
-NAME = "zimage"
-GRID = 4                    # prompts of the grids
+GRID = 8  # prompts of the grids
+LEAST_DIVERSITY = 0.8  # feature_diversity under which a student has collapsed
 
 
 @dataclasses.dataclass(frozen=True)
 class ZImageRecipe(ladd.Recipe):
-    """The core's recipe, what the student trains, and which text vector the heads are told."""
+    """The core's recipe, what the student trains, and what the heads are conditioned on."""
 
-    text_vector: str = note("qwen", "what the heads are told of the prompt: Qwen's features, averaged, or CLIP's text vector", choices=("qwen", "clip"))
-    lora_rank: int = note(0, "rank of a LoRA on the teacher's own weights, for one GPU (0 = the student trains all of its weights)", 0, 1024)
+    text_vector: str = field("qwen", "what the heads see of a prompt", ("qwen", "clip"))
+    lora_rank: int = field(0, "rank of a LoRA on the teacher's weights; 0 trains all weights")
 
 
-# Put together from published reports and untested at scale: learning rates, three updates of the heads for one of the student, the tapped
-# layers, and m = 0.5 for t-hat where the heads are told Qwen's features (1 with CLIP's).
-ZIMAGE = ZImageRecipe(iterations=20_000, batch=32, student_lr=5e-6, head_lr=1e-5, lr_decay="none", gen_every=3, renoise_mean=0.5,
-                      taps=("5", "10", "15", "20", "25", "29"), head_width=256)
-ZIMAGE_CLIP = dataclasses.replace(ZIMAGE, text_vector="clip", renoise_mean=1.0)
-ZIMAGE_LORA = dataclasses.replace(ZIMAGE, lora_rank=64, student_lr=5e-5, head_lr=1e-4)      # ten times the learning rates: a guess
-RECIPES = {"zimage": ZIMAGE, "zimage-clip": ZIMAGE_CLIP, "zimage-lora": ZIMAGE_LORA}
-REFERENCE = ZIMAGE
+# Put together from published reports and untested at scale: the learning rates, three updates of
+# the heads for one of the student, the taps, and m = 0.5 for t_hat (1 with CLIP's text vector).
+ZIMAGE = ZImageRecipe(
+    iterations=20_000,
+    batch=32,
+    student_lr=5e-6,
+    head_lr=1e-5,
+    lr_decay="none",
+    gen_every=3,
+    renoise_mean=0.5,
+    taps=("5", "10", "15", "20", "25", "29"),
+    head_width=256,
+)
+RECIPES = {
+    "zimage": ZIMAGE,
+    "zimage-clip": dataclasses.replace(ZIMAGE, text_vector="clip", renoise_mean=1.0),
+    # Ten times the learning rates: a guess.
+    "zimage-lora": dataclasses.replace(ZIMAGE, lora_rank=64, student_lr=5e-5, head_lr=1e-4),
+}
 
 
 def add_arguments(group):
-    group.add_argument("--model", default=BASE, metavar="ID_OR_DIR", help="the teacher: a folder or a name on the hub (default %(default)s)")
-    group.add_argument("--data", metavar="DIR", help="what python -m zimage.precompute wrote")
-    group.add_argument("--teacher-sharded", action="store_true", help="shard the teacher over the ranks too (default: whole on each, 12.3 GB)")
-    group.add_argument("--no-checkpointing", action="store_true", help="keep all activations: faster, and far more memory")
-    group.add_argument("--ema-on-host", action="store_true", help="keep the student's average in the host's memory")
-    group.add_argument("--dtype", choices=("bfloat16", "float32"), help="what the networks compute in (default: bfloat16 on a GPU, float32 on a CPU)")
+    add = group.add_argument
+    add("--model", metavar="ID_OR_DIR", help="the teacher (default: the one that made --data)")
+    add("--data", metavar="DIR", help="what python -m zimage.precompute wrote")
+    text = "shard the teacher over the ranks too (default: whole on each, 12.3 GB)"
+    add("--teacher-sharded", action="store_true", help=text)
+    text = "keep all activations: faster, and far more memory"
+    add("--no-checkpointing", action="store_true", help=text)
+    text = "torch.compile the blocks of student and teacher"
+    add("--compile", action="store_true", help=text)
 
 
 def make_world(recipe, options, device):
+    other = f"python -m zimage.sample {options.run} --steps {options.steps}"
+    check(not options.sample, f"--sample: for Z-Image it is {other}")
+    if options.compile:
+        try:
+            torch.compile(torch.sin)(torch.zeros(2, device=device))
+        except Exception as error:  # by what is missing: a C++ compiler, Triton, ...
+            why = f"torch.compile does not work here ({type(error).__name__})"
+            raise UserError(f"--compile: {why}; leave it out") from error
     return ZImageWorld(recipe, options, device)
 
 
+def check_latents(x0):
+    """UserError where the latents [B, 16, h, w] that are to be real samples are pure noise."""
+    neighbours = float((x0[..., 1:] * x0[..., :-1]).mean())
+    noise = abs(float(x0.var()) - 1) < 0.1 and abs(neighbours) < 0.1
+    check(not noise, "--data: its latents look like pure noise; make them by zimage.precompute")
+
+
 class ZImageWorld(ladd.World):
-    early_exit = False      # the teacher is cut off after its last tap instead, which sharding and checkpointing bear
+    """Z-Image as teacher, its latents as data."""
+
+    reference = ZIMAGE
 
     def __init__(self, recipe, options, device):
-        if options.sample:
-            raise ladd.UserError(f"--sample: for Z-Image it is python -m zimage.sample {Path(options.out) / options.name} --steps {options.steps or 4}")
-        if recipe.lora_rank and options.teacher_sharded:
-            raise ladd.UserError("--teacher-sharded: a LoRA student uses the teacher's own weights, whole on each GPU; leave it out")
-        if not options.data:
-            raise ladd.UserError("--data: name the folder of the teacher's latents; make one by python -m zimage.precompute "
-                                 f"--model {options.model} --prompts zimage/prompts/train.txt --out DIR")
-        self.recipe, self.options, self.device = recipe, options, device
-        self.data = Latents(options.data, vector=recipe.text_vector)        # before the model, which may have to be downloaded
-        self.folder = model_folder(options.model)
-        if warning := turbo_warning(options.model, self.folder):
-            say(warning)
-        skeleton = fsdp.skeleton(self.folder)
-        fsdp.check_files(self.folder, skeleton)
-        self.fingerprint_of_model = model_fingerprint(self.folder)
-        self.data.check_model(self.fingerprint_of_model)
-        layers = len(skeleton.layers)
-        unknown = [name for name in recipe.taps if name not in map(str, range(layers))]
-        if unknown or not recipe.taps:
-            raise ladd.UserError(f"taps = {list(recipe.taps)}: {unknown[0] if unknown else 'none given'} is no layer of this "
-                                 f"transformer; give some of 0 .. {layers - 1}")
-        kind = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-        self.dtype = getattr(torch, kind)
-        self.cond_dim, self.ema_device = self.data.vector_dim, torch.device("cpu") if options.ema_on_host else None
-        self.config = {"model": options.model, "dtype": kind}
-        self.check_memory(skeleton)
-        self.vae = load_vae(self.folder, self.dtype, device) if ladd.rank() == 0 else None      # it draws the pictures
+        make = f"python -m zimage.precompute --model {adapter.BASE} --prompts FILE --out DIR"
+        check(options.data, f"--data: name the folder of the teacher's latents; make one by {make}")
+        why = "--teacher-sharded: a LoRA student uses the teacher's own weights, whole on each GPU"
+        check(not (recipe.lora_rank and options.teacher_sharded), f"{why}; leave it out")
+        self.options, self.device, self.dtype = options, device, getattr(torch, options.dtype)
+        self.data = Latents(options.data, vector=recipe.text_vector)
+        sizes = self.data.sizes
+        self.shown = [k for k in range(len(sizes)) if sizes[k] == sizes[0]][:GRID]  # in grids
+        check_latents(self.data.get(self.shown)[0])
+        self.model = options.model or self.data.about["model"]
+        folder = adapter.model_folder(self.model)
+        print0(adapter.turbo_warning(self.model, folder) or f"teacher {self.model}")
+        self.digest = adapter.model_fingerprint(folder)
+        self.data.check_model(self.digest)
+        config = fsdp.ZImageTransformer2DModel.load_config(folder / "transformer")
+        layers = [str(k) for k in range(config["n_layers"])]
+        unknown = [name for name in recipe.taps if name not in layers]
+        why = f"taps = {list(recipe.taps)}: {unknown[:1]} is no layer of this transformer"
+        check(recipe.taps and not unknown, f"{why}; give some of 0 .. {layers[-1]}")
+        self.check_memory(recipe, fsdp.skeleton(config))
+
         fsdp.start_alone(device)
-        teacher = self.build(self.dtype, options.teacher_sharded, frozen=True)
-        self.teacher, self.tap_root = ZImageVelocity(teacher, self.dtype), teacher.layers
+        # Rank 0 draws the grids.
+        self.vae = adapter.load_vae(folder, self.dtype, device) if ladd.rank() == 0 else None
+        # Only `distill_fresh` asks where the guided teacher goes; else the teacher is only tapped.
+        self.whole_teacher = bool(recipe.distill_weight and recipe.distill_fresh)
+        if self.whole_teacher:
+            self.nothing = ladd.on_rank0(lambda: self.encode_nothing(folder)).to(device)
+        sharded = options.teacher_sharded
+        teacher = fsdp.load_teacher(folder / "transformer", config, self.dtype, device, sharded)
         self.set_checkpointing(teacher)
+        super().__init__(adapter.ZImageVelocity(teacher, self.dtype), recipe)
 
-    # ---- what the method asks for ------------------------------------------------------------------------------------
+    def encode_nothing(self, folder):
+        """The text features [L, C] of the empty prompt, from which guidance leads away."""
+        parts = {"transformer": None, "vae": None}
+        pipe = adapter.load_pipeline(folder, self.dtype, self.device, **parts)
+        return adapter.encode(pipe, [""])[0].cpu()
 
-    def build(self, dtype, sharded, frozen):
-        """The model folder's transformer, by `fsdp.build`."""
-        read = lambda: fsdp.read_weights(self.folder)
-        return fsdp.build(fsdp.skeleton(self.folder), read, dtype, self.device, sharded, self.dtype, frozen)
+    def check_memory(self, recipe, skeleton):
+        """Print what the run needs; UserError where a GPU has less. A trained weight takes 4 bytes
+        each for itself, its gradient, AdamW's two moments and its average."""
+        n = sum(p.numel() for p in skeleton.parameters())
+        trained = lora.size(skeleton, recipe.lora_rank) if recipe.lora_rank else n
+        average = 4 * trained if recipe.ema_half_life else 0
+        need = (16 * trained + average) / (1 if recipe.lora_rank else ladd.world_size())
+        sharers = ladd.world_size() if self.options.teacher_sharded else 1
+        need += n * self.dtype.itemsize / sharers  # the teacher
+        weights = f"{n / 1e9:.2f}B weights, {trained / 1e9:.2f}B of them trained"
+        disk = f"{(12 * trained + average) / 1e9:.1f} GB of disk for a checkpoint"
+        print0(f"{weights}: {need / 1e9:.1f} GB on each GPU before activations, {disk}")
+        if self.device.type == "cuda":
+            have = torch.cuda.get_device_properties(self.device).total_memory
+            ways = "use more GPUs, --teacher-sharded, --ema-half-life 0 or --recipe zimage-lora"
+            why = f"{need / 1e9:.1f} GB are needed on each GPU, and it has {have / 1e9:.1f}"
+            check(need <= have, f"--zimage: {why}; {ways}")
+
+    # ---- what the method asks for ---------------------------------------------------------------
 
     def make_student(self):
-        """float32 weights, sharded over the ranks, or a float32 LoRA on the teacher's. From here on the teacher is only tapped: its layers
-        after the last tap go."""
+        """float32 weights, sharded over the ranks, or a float32 LoRA on the teacher's.
+
+        From here on the teacher is only tapped, so its layers after the last tap go: an early end
+        by an exception does not suit sharded or checkpointed modules.
+        """
         teacher = self.teacher.transformer
         if self.recipe.lora_rank:
-            student = lora.LoraVelocity(lora.attach(teacher, self.recipe.lora_rank), self.dtype)
+            student = lora.LoraVelocity(teacher, self.recipe.lora_rank, self.dtype)
         else:
-            student = ZImageVelocity(self.build(torch.float32, True, frozen=False), self.dtype)
+            transformer = fsdp.make_student(teacher, self.device, self.dtype)
+            student = adapter.ZImageVelocity(transformer, self.dtype)
         self.set_checkpointing(student.transformer)
-        del teacher.layers[max(map(int, self.recipe.taps)) + 1:]
+        if not self.whole_teacher:
+            del teacher.layers[max(map(int, self.recipe.taps)) + 1 :]
+        if self.options.compile:
+            self.compile(student)
         return student
 
     def set_checkpointing(self, transformer):
         if not self.options.no_checkpointing:
             transformer.enable_gradient_checkpointing()
 
-    def compile(self, student):
-        """Block by block, after one pass that fills the cache of positions."""
-        torch._dynamo.config.recompile_limit = 64       # student or teacher, with gradient or without, refined or not, by size: each is a graph
-        x0, cond, _ = self.read(0, min(2, self.recipe.batch))
-        for velocity in (student, self.teacher):
-            with torch.no_grad():
-                velocity(x0.to(self.device), torch.full((len(x0),), 0.5, device=self.device), cond.to(self.device))
-            net = velocity.transformer
-            for block in (*net.noise_refiner, *net.context_refiner, *net.layers):
-                block.forward = torch.compile(block.forward, fullgraph=True)        # FSDP's and our hooks stay outside
-
-    def tap_map(self, name, output, x_t):
-        return image_tokens(output, x_t).float()
+    def features(self, x_t, t, cond):
+        """The image's tokens after each tapped layer: maps [B, 3840, h/2, w/2], float32."""
+        tapped = self.teacher.transformer.layers, self.recipe.taps
+        outputs = ladd.tapped(*tapped, lambda: self.teacher(x_t, t, cond), early_exit=False)
+        return [adapter.image_tokens(f, x_t).float() for f in outputs]
 
     def head_cond(self, cond):
-        """Normalised, since a few of Qwen's channels are larger than all others by orders."""
+        """Normalised: a few of Qwen's channels are larger than all others by orders."""
         return F.layer_norm(cond.vector.float(), cond.vector.shape[1:])
 
-    def read(self, start, count):
-        return self.data.read(start, count, self.recipe.batch, self.recipe.seed)
+    def batch(self, start, count):
+        x0, cond, noise = self.data.read(start, count, self.recipe.batch, self.recipe.seed)
+        return x0, cond, noise, x0
+
+    def teacher_from(self, x_t, t, cond, steps):
+        """Where the teacher goes, under the guidance that its samples were made with."""
+
+        def no_prompt(cond):
+            return adapter.Prompts([self.nothing] * len(cond), cond.vector)
+
+        velocity = ladd.guided(self.teacher, no_prompt, self.data.about["guidance"])
+        times = [t * (1 - k / steps) for k in range(steps)]
+        return ladd.sample_euler(velocity, x_t / t, times, cond)
 
     def fingerprint(self):
-        return {"teacher": self.fingerprint_of_model, "computed in": self.config["dtype"], **{f"latents.{k}": v for k, v in self.data.about.items()}}
+        made_of = {f"latents.{k}": v for k, v in self.data.about.items()}
+        return {"teacher": self.digest, "dtype": self.options.dtype, **made_of}
 
-    # ---- what it needs of the machine --------------------------------------------------------------------------------
+    def compile(self, student):
+        """Block by block, after one pass that fills the cache of positions."""
+        torch._dynamo.config.recompile_limit = 64  # a graph per size, with gradient and without
+        x0, cond, _, _ = self.batch(0, 2)
+        t = torch.full((2,), 0.5, device=self.device)
+        for velocity in (student, self.teacher):
+            with torch.no_grad():
+                velocity(x0.to(self.device), t, cond.to(self.device))
+            net = velocity.transformer
+            for block in (*net.noise_refiner, *net.context_refiner, *net.layers):
+                # FSDP's hooks and ours stay outside of the graph.
+                block.forward = torch.compile(block.forward, fullgraph=True)
 
-    def check_memory(self, skeleton):
-        """Say what the run needs; UserError where weights, gradients and optimizer alone exceed the GPU, or the checkpoints, one of them
-        being written, and the student the disk. Per trained weight 4 bytes each for itself, its gradient, AdamW's two moments and its
-        average, if it has one; every rank holds all heads."""
-        count = lambda module: sum(p.numel() for p in module.parameters())
-        n, ranks, rank, r = count(skeleton), ladd.ranks(), self.recipe.lora_rank, self.recipe
-        trained, average = lora.size(skeleton, rank) if rank else n, 4 if r.ema_half_life else 0
-        with torch.device("meta"):
-            heads = count(ladd.Heads([skeleton.config["dim"]] * len(r.taps), [1] * len(r.taps), self.cond_dim, r.head_width, r.heads_see_t))
-        need = (trained * (16 + (0 if self.options.ema_on_host else average)) / (1 if rank else ranks) + 16 * heads
-                + n * self.dtype.itemsize / (ranks if self.options.teacher_sharded else 1))
-        checkpoint, copies = trained * (12 + average) + 12 * heads, self.options.keep + 1
-        disk = copies * checkpoint + n * self.dtype.itemsize
-        say(f"{n / 1e9:.2f}B parameters, {trained / 1e9:.2f}B of them trained, on {ranks} ranks: {need / 1e9:.1f} GB each before activations; "
-            f"{disk / 1e9:.1f} GB of disk: {copies} checkpoints of {checkpoint / 1e9:.1f} (one of them being written) and the finished student")
-        if self.device.type == "cuda" and need > (have := torch.cuda.get_device_properties(self.device).total_memory):
-            raise ladd.UserError(f"--zimage: {need / 1e9:.1f} GB are needed on each GPU before activations, and it has {have / 1e9:.1f}: use "
-                                 f"more GPUs, --teacher-sharded, --ema-on-host, --ema-half-life 0 or --recipe zimage-lora")
-        folder = Path(self.options.out)
-        there = (folder / (self.options.name or "") / "checkpoints").rglob("*") if self.options.resume else ()
-        free = shutil.disk_usage(folder if folder.exists() else ".").free + sum(path.stat().st_size for path in there if path.is_file())
-        if disk > free:
-            raise ladd.UserError(f"--out {folder}: {copies} checkpoints and the student take {disk / 1e9:.1f} GB and {free / 1e9:.1f} are free; "
-                                 f"give a smaller --keep, or another folder")
-
-    def prepare(self):
-        say(f"{len(self.data)} of the teacher's latents; grids of the first {GRID} of a batch are drawn at every judged point")
-
-    # ---- looking -----------------------------------------------------------------------------------------------------
-
-    def grid_samples(self):
-        """The prompts of every grid: the first samples of the size that the first sample has. x0, cond, noise, on the device."""
-        alike = [k for k in range(len(self.data)) if self.data.sizes[k] == self.data.sizes[0]][:GRID]
-        return tuple(v.to(self.device) for v in self.data.get(alike))
-
-    def steps(self):
-        return [s for s in (4, 2, 1) if s <= len(self.recipe.times)]
-
-    def draw(self, path, rows):
-        """Rows of latents [B, 16, h, w] with a title each, decoded, as one picture; by rank 0."""
-        if ladd.rank() > 0:
-            return
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from torchvision.utils import make_grid
-        fig = Figure(figsize=(10, 2.9 * len(rows)))
-        FigureCanvasAgg(fig)
-        for ax, (latents, title) in zip(fig.subplots(len(rows), 1, squeeze=False)[:, 0], rows):
-            ax.imshow(make_grid(decode(self.vae, latents), nrow=len(latents)).permute(1, 2, 0).numpy())
-            ax.set_title(title, fontsize=9), ax.axis("off")
-        fig.tight_layout()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fig.savefig(path, dpi=80)
+    # ---- looking at it, and the end -------------------------------------------------------------
 
     @torch.no_grad()
-    def draw_start(self, path):
-        """What one look would catch: the teacher's latents, x_t at every t, the untrained student's guesses, both sides noised again."""
-        x0, cond, noise = self.grid_samples()
-        n = min(len(x0), self.recipe.batch)
-        x0, cond, noise = x0[:n], cond[:n], noise[:n]
-        d = {k: v[:n].to(self.device) for k, v in ladd.draw(self.recipe, 0, x0.shape[1:]).items()}
-        eps = torch.where(ladd.expand(d["paired"], noise), noise, d["eps"])
-        rows = [(x0, "x0: the teacher's samples, the 'real' ones")]
-        for time in self.recipe.times:
-            t = torch.full((n,), time, device=self.device)
-            x_t = ladd.interpolate(x0, eps, t)
-            guess = ladd.velocity_to_x0(x_t, self.teacher(x_t, t, cond), t)
-            rows += [(x_t, f"x_t at t = {time:g}: what the student is given"), (guess, f"the untrained student's guess from t = {time:g}")]
-        rows += [(ladd.interpolate(x0, d["eps_real"], d["t_real"]), "real, noised again"),
-                 (ladd.interpolate(guess, d["eps_hat"], d["t_hat"]), "fake, noised again")]
-        self.draw(path, rows)
+    def evaluate(self, student, run, step):
+        """A grid: the student by 1, 2 and 4 steps from the noise that the teacher's latents have.
 
-    def student_rows(self, student, x0, cond, noise):
-        """The student's latents by every number of steps, from the noise that the teacher's latents were made from."""
-        return {s: ladd.student_sampler(self.recipe, s)(student, noise, cond) for s in self.steps()}
+        variance@N of its latents and distance@N, squared, to the teacher's: both are divided by
+        the teacher's variance. They are to watch, and no measures of quality.
+        """
+        x0, cond, noise = (v.to(self.device) for v in self.data.get(self.shown))
+        rows, metrics, collapse = {"teacher": x0}, {}, []
+        for n in (n for n in (1, 2, 4) if n <= len(self.recipe.times)):
+            made = rows[f"student@{n}"] = ladd.sample_student(student, self.recipe, noise, cond, n)
+            variance = metrics[f"variance@{n}"] = float(made.var() / x0.var())
+            metrics[f"distance@{n}"] = float((made - x0).square().mean() / x0.var())
+            if not 0.5 <= variance <= 2:
+                collapse.append(f"variance@{n} {variance:.2f} is outside of 0.5 .. 2")
+        diversity = metrics["feature_diversity"] = self.feature_diversity(made, x0, cond)
+        if diversity < LEAST_DIVERSITY:
+            collapse.append(f"feature_diversity {diversity:.2f} is under {LEAST_DIVERSITY}")
+        if ladd.rank() == 0:
+            columns = {name: adapter.decode(self.vae, z) for name, z in rows.items()}
+            texts = [f"sample {k}" for k in self.shown]
+            draw_grid(run / "samples" / f"{step:07d}.png", columns, texts)
+        return {**metrics, "collapse": collapse}
 
-    def watch_raw(self, student, path):
-        samples = self.grid_samples()
-        self.draw(path, [(z, f"student, {s} steps, raw weights") for s, z in self.student_rows(student, *samples).items()])
+    def feature_diversity(self, fake, real, cond):
+        """Mean distance of neighbours in the batch in the last tap's features, of fakes divided by
+        that of reals, all noised to t = 1/2 by one noise. Near 1; it falls as fakes grow alike."""
+        noise = ladd.keyed_noise([0], fake.shape[1:], "diversity").to(fake).expand_as(fake)
+        t, distances = torch.full((len(fake),), 0.5, device=fake.device), []
+        for x in (fake, real):
+            f = self.features(ladd.interpolate(x, noise, t), t, cond)[-1].flatten(1)
+            distances.append((f - f.roll(1, 0)).norm(dim=1).mean())
+        return float(distances[0] / distances[1])
 
-    def watch(self, student, path):
-        """A grid of the averaged student; per number of steps the spread of its latents, and their squared distance to the teacher's
-        from the same noise, both ÷ the teacher's variance. Figures to watch, no measure of quality."""
-        samples = self.grid_samples()
-        made, x0 = self.student_rows(student, *samples), samples[0]
-        self.draw(path, [(x0, "teacher")] + [(z, f"student, {s} steps" + ", averaged weights" * bool(self.recipe.ema_half_life)) for s, z in made.items()])
-        return {f"{k}@{s}": float(v / x0.var()) for s, z in made.items() for k, v in (("variance", z.var()), ("distance", (z - x0).square().mean()))}
+    def save(self, student, run, name="student"):
+        """The student as run/NAME/ in diffusers' format, in the dtype that it computes in."""
+        transformer = student.transformer
+        if not self.recipe.lora_rank:
+            transformer = fsdp.gather(transformer, self.dtype)  # on every rank: it exchanges
 
-    def score(self, point):
-        return None
+        def write():
+            with ladd.replacing(run / name) as part:
+                whole = lora.merged(transformer) if self.recipe.lora_rank else transformer
+                whole.save_pretrained(part)
 
-    def signs(self, point):
-        """Latents far flatter or wilder than the teacher's."""
-        return [f"{k} {v:.2f} is outside 0.5 .. 2" for k, v in point.items() if k.startswith("variance@") and not 0.5 <= v <= 2]
+        ladd.on_rank0(write)
 
-    # ---- the end -----------------------------------------------------------------------------------------------------
+    def finish(self, student, run):
+        self.save(student, run)
+        if self.recipe.lora_rank:
+            call = call_for(self.recipe.times)
+            ladd.on_rank0(lambda: lora.save(student.transformer, run / "lora", self.model, call))
+            print0(f"{run / 'lora'} needs a scheduler of shift 1: see its README.md")
+        print0(f"{run / 'student'} is done. Next: python -m zimage.evaluate {run}")
 
-    def finish(self, run, student, changed):
-        """The student (its average, where one is kept) as run/student/, in the format of diffusers."""
-        self.watch(student, run / "samples" / "final.png")
-        kind = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
-        part = fsdp.save_whole(student.transformer, run / "student", kind)
 
-        def complete():
-            weights = "average" if self.recipe.ema_half_life else "last"
-            ladd.write_json(part / "about.json", {"iteration": self.recipe.iterations, "weights": weights, "dtype": str(kind)[6:]})
-            shutil.rmtree(run / "student", ignore_errors=True)
-            os.replace(part, run / "student")
-            if self.recipe.lora_rank:
-                lora.save(student.transformer, run / "lora")
-        ladd.from_first(complete)
-        say(f"{run / 'student'} is done. Next: python -m zimage.evaluate {run}, or python -m zimage.export {run} --out DIR")
+def call_for(times):
+    """The arguments by which the stock pipeline, without shift, asks for these times."""
+    n = len(times)
+    if all(abs(t - (1 - k / n)) < 1e-6 for k, t in enumerate(times)):  # its linspace(1, 1/n, n)
+        return f"num_inference_steps={n}, guidance_scale=0"
+    return f"sigmas={list(times)}, guidance_scale=0"
+
+
+def to_bytes(images):
+    """Images [B, 3, H, W] in [0, 1] -> uint8 [B, H, W, 3], a numpy array, as PNG stores them."""
+    return (images * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def draw_grid(path, columns, texts):
+    """A picture: a row per prompt with its text, a column per way of sampling with its title.
+
+    columns: {title: images [N, 3, H, W] in [0, 1]}; texts: N of them.
+    """
+    height, width = next(iter(columns.values())).shape[2:]
+    size = 3 * len(columns), 3 * len(texts) * height / width
+    fig = Figure(size, dpi=max(100, width / 3), layout="constrained")
+    axes = fig.subplots(len(texts), len(columns), squeeze=False)
+    for k, (title, images) in enumerate(columns.items()):
+        axes[0, k].set_title(title)
+        for ax, image in zip(axes[:, k], to_bytes(images), strict=True):
+            ax.imshow(image)
+            ax.set(xticks=[], yticks=[])
+    for ax, text in zip(axes[:, 0], texts, strict=True):
+        ax.set_ylabel(textwrap.fill(text, 40, max_lines=3), fontsize=7)
+    with ladd.replacing(path) as part:
+        fig.savefig(part, format="png")

@@ -1,0 +1,1000 @@
+"""The method, on the made-up world of tiny.py: against closed forms and independent oracles."""
+
+import copy
+import dataclasses
+import itertools
+import json
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+import tiny
+import tiny_zimage
+import torch
+import torch.nn.functional as F
+from diffusers import FlowMatchEulerDiscreteScheduler
+from tiny import flat, normal
+from torch import nn
+from torch.testing import assert_close
+
+import ladd
+from ladd import Recipe, UserError
+from toy_mnist import world as toy
+from zimage import world as zimage
+
+
+@pytest.fixture
+def world():
+    return tiny.World()
+
+
+def f64(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def as4d(t):
+    return t.reshape(-1, 1, 1, 1)
+
+
+# ---- The independent iteration: losses and both gradients written out by hand
+
+
+class Spy:
+    """Runs an iteration with the recipe's own losses, and keeps the batches that they are given."""
+
+    def __init__(self):
+        self.batches = []
+
+    def heads_loss(self, state, world, recipe, b, real, fake):
+        assert not any(m.requires_grad for m in [*real, *fake])
+        self.batches.append(b)
+        return ladd.heads_loss(state, world, recipe, b, real, fake)
+
+    def step(self, state, world, recipe, i, micro_batch=None):
+        losses = self.heads_loss, ladd.student_loss
+        return tiny.run_steps(state, world, recipe, [i], micro_batch, losses)[0]
+
+    def joint(self):
+        """What the micro-batches held, put together: {field: tensor}."""
+        fields = [vars(b) for b in self.batches]
+        names = [k for k, v in fields[0].items() if torch.is_tensor(v)]
+        return {k: torch.cat([f[k] for f in fields]) for k in names}
+
+
+def own_sample(student, world, recipe, b, k):
+    """Sample k alone: the student's input, and the target of its guess, or None."""
+    one = slice(k, k + 1)
+    t, eps = float(b.t[k]), b.eps[one]
+
+    def move(velocity, x, start, end):
+        with torch.no_grad():
+            return x + (end - start) * velocity(x, torch.tensor([start]), b.cond[one])
+
+    x_t = (1 - t) * b.x0[one] + t * eps
+    if recipe.backward_simulation:
+        x_t = eps
+        for start, end in itertools.pairwise(recipe.times):
+            x_t = move(student, x_t, start, end) if start > t else x_t
+    target = b.x0[one]
+    if not b.paired[k] and recipe.distill_fresh:
+        n = math.ceil(recipe.distill_fresh * recipe.times[1])
+        times = [recipe.times[1] * (1 - j / n) for j in range(n + 1)]
+        target = move(student, eps, 1.0, times[0])
+        for start, end in itertools.pairwise(times):
+            target = move(world.teacher, target, start, end)
+    elif not b.paired[k] and (t == 1 or recipe.backward_simulation):
+        target = None  # this input says nothing of x0
+    return x_t, target
+
+
+def own_iteration(student, heads, world, recipe, b, bf16):
+    """Losses and gradients of heads and student, as these stand when the iteration begins."""
+    samples = [own_sample(student, world, recipe, b, k) for k in range(len(b.x0))]
+    x_t = torch.cat([x for x, _ in samples])
+    x0_hat = x_t - as4d(b.t) * student(x_t, b.t, b.cond)
+
+    def maps_of(x0, t, eps):
+        x = (1 - as4d(t)) * x0 + as4d(t) * eps
+        embedding = torch.cat([t[:, None], b.cond], 1)
+        first = world.teacher.first(x, embedding)
+        return [first, world.teacher.second(torch.tanh(first), embedding)]
+
+    def judge(maps, t, enabled=bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled, cache_enabled=False):
+            return heads(maps, t, 2 * b.cond - 1, b.t)
+
+    real_maps = [m.detach().requires_grad_() for m in maps_of(b.real, b.t_real, b.eps_real)]
+    real = judge(real_maps, b.t_real)
+    fake = judge(maps_of(x0_hat, b.t_hat, b.eps_hat), b.t_hat)
+    pairs = list(zip(real, fake, strict=True))
+    if recipe.loss == "hinge":
+        heads_parts = [(1 - r).clamp(min=0) + (1 + f).clamp(min=0) for r, f in pairs]
+        student_parts = [-f for f in fake]
+    else:
+        heads_parts = [F.softplus(f - r) for r, f in pairs]
+        student_parts = [F.softplus(r.detach() - f) for r, f in pairs]
+    losses = {"heads_loss": sum(p.mean() for p in heads_parts) / 2}
+    losses["student_loss"] = sum(p.mean() for p in student_parts) / 2
+    heads_total = losses["heads_loss"]
+    student_total = recipe.adv_weight * losses["student_loss"]
+    if recipe.r1_weight:
+        logits = judge(real_maps, b.t_real, False)
+        slopes = torch.autograd.grad([k.sum() for k in logits], real_maps, create_graph=True)
+        losses["r1"] = sum(s.square().sum() / s[:, 0].numel() for s in slopes) / 2
+        heads_total = heads_total + recipe.r1_weight * losses["r1"]
+    if recipe.distill_weight:
+        known = [(k, target[0]) for k, (_, target) in enumerate(samples) if target is not None]
+        power = recipe.distill_power
+        errors = [(x0_hat[k] - x).square().mean() / b.t[k] ** power for k, x in known]
+        losses["distill_loss"] = sum(errors) / len(samples)
+        student_total = student_total + recipe.distill_weight * losses["distill_loss"]
+    heads_grads = torch.autograd.grad(heads_total, list(heads.parameters()), retain_graph=True)
+    student_grads = torch.autograd.grad(student_total, list(student.parameters()))
+    return losses, {"heads": heads_grads, "student": student_grads}
+
+
+TOY = {"loss": "relativistic", "adv_weight": 0.5, "heads_see_t": True, "paired_share": 0.5}
+TOY |= {"distill_weight": 1.0, "distill_power": 2.0, "distill_fresh": 5}
+TOY["backward_simulation"] = True
+RECIPES = {
+    "paper": {"share_noise": False},
+    "hinge": {"heads_see_t": True, "gen_every": 2},
+    "r1": {"r1_weight": 0.5, "share_noise": False, "paired_share": 0.5},
+    "relativistic": {"loss": "relativistic", "adv_weight": 0.5, "share_noise": False},
+    "distill": {"paired_share": 0.25, "distill_weight": 2.0},
+    "simulation": {"backward_simulation": True, "paired_share": 0.5, "distill_weight": 1.0},
+    "toy": TOY,
+    "stored": {**TOY, "paired_share": 1.0},
+}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("changes", RECIPES.values(), ids=RECIPES)
+def test_the_iteration_against_an_independent_one(world, changes, bf16):
+    """Both gradients come from the heads as they stood when the iteration began."""
+    recipe = tiny.make_recipe(batch=8, clip=1e9, head_lr=0.05, student_lr=0.01, **changes)
+    world.real = world.x0 + 0.1  # not the samples that the student's input is made from
+    state = ladd.State(world, recipe, tiny.CPU, torch.bfloat16 if bf16 else torch.float32)
+    spy, seen = Spy(), tiny.record_grads(state)
+    for i in range(1, 4):
+        networks = copy.deepcopy(state.student), copy.deepcopy(state.heads)
+        metrics = spy.step(state, world, recipe, i)
+        losses, grads = own_iteration(*networks, world, recipe, spy.batches[-1], bf16)
+        turn = (i + 1) % recipe.gen_every == 0
+        for part in ("heads", "student") if turn else ("heads",):
+            got, want = flat(seen[part].pop()), flat(grads[part])
+            norm, limit = float(want.norm()), 0.05 if bf16 else 1e-5
+            assert float((got - want).norm()) < limit * norm
+            assert metrics[f"{part}_grad_norm"] == pytest.approx(norm, rel=limit)
+        for name, loss in losses.items():
+            if turn or name in ("heads_loss", "r1"):  # of these, logits alone may be bfloat16
+                limit = 1e-3 if bf16 and name in ("heads_loss", "student_loss") else 1e-5
+                assert metrics[name] == pytest.approx(loss.item(), rel=limit, abs=limit), name
+
+
+# ---- Flow maths, guidance, samplers
+
+
+def test_flow_formulas_by_hand():
+    x0, eps, t = f64(2, 4)[:, None], f64(-2, 10)[:, None], f64(0.25, 0.5)
+    x_t = ladd.interpolate(x0, eps, t)
+    assert x_t.flatten().tolist() == [0.75 * 2 - 0.25 * 2, 0.5 * 4 + 0.5 * 10]
+    assert ladd.velocity_to_x0(x_t, eps - x0, t).flatten().tolist() == [2, 4]
+    assert torch.equal(ladd.interpolate(x0, eps, f64(0, 0)), x0)
+    assert torch.equal(ladd.interpolate(x0, eps, f64(1, 1)), eps)
+    want = [1 / (1 + math.exp(-m)) for m in (-1 - 2 * 1.3, -1 + 0.7 * 1.3)]
+    assert ladd.logit_normal(f64(-2, 0.7), -1, 1.3).tolist() == pytest.approx(want, abs=1e-15)
+
+
+def test_expand_wants_one_time_per_sample():
+    x = torch.zeros(2, 4, 8, 8)
+    assert ladd.expand(torch.zeros(2), x).shape == (2, 1, 1, 1)
+    for shape in ((), (3,), (2, 1), (1,)):
+        with pytest.raises(ValueError):
+            ladd.expand(torch.zeros(shape), x)
+
+
+class Recorder:
+    """A velocity that keeps what it was called with."""
+
+    def __init__(self, velocity):
+        self.velocity = velocity
+        self.calls = []
+
+    def __call__(self, x, t, cond):
+        self.calls.append((x.clone(), t.clone(), cond))
+        return self.velocity(x, t, cond)
+
+    def times(self):
+        assert all(len(set(t.tolist())) == 1 and len(t) == len(x) for x, t, _ in self.calls)
+        return [float(t[0]) for _, t, _ in self.calls]
+
+
+def guide(w, t=0.5, **options):
+    """Guided v = 100 t + x + cond: conditions 2, 4 against none = -1, on x = 10, 20."""
+    v = Recorder(lambda x, t, cond: 100 * t[:, None] + x + cond)
+    velocity = ladd.guided(v, lambda cond: torch.full_like(cond, -1), w, **options)
+    out = velocity(f64(10, 20)[:, None], f64(t, t), f64(2, 4)[:, None])
+    return out.flatten().tolist(), [len(x) for x, _, _ in v.calls]
+
+
+def test_guidance_by_hand():
+    assert guide(1) == ([62, 74], [2])  # none: one pass
+    for w, want in ((0, [59, 69]), (3, [68, 84]), (-1, [56, 64])):
+        assert guide(w) == (want, [2, 2])
+
+
+@pytest.mark.parametrize("t", [0.1, 0.2499, 0.25, 0.5, 0.75, 0.7501, 1])
+def test_guidance_holds_in_its_interval_alone(t):
+    holds = 0.25 <= t <= 0.75
+    out, sizes = guide(3, t, interval=(0.25, 0.75))
+    assert out[0] == pytest.approx(100 * t + 9 + 3 * 3 if holds else 100 * t + 12)
+    assert sizes == ([2, 2] if holds else [2])
+    assert guide(3, t)[1] == [2, 2]  # by default everywhere
+
+
+@pytest.mark.parametrize("n", range(1, 9))
+@pytest.mark.parametrize("first", [1.0, 0.75])
+def test_samplers_land_on_x0_with_a_perfect_velocity(n, first):
+    x0, noise, fresh = normal(n, 3, 3, 4, 8, 8, dtype=torch.float64)
+    times = [first * (1 - k / 8) for k in range(n)]
+    for renoise in (None, lambda k: fresh):
+        v = Recorder(lambda x, t, cond: (x - cond) / as4d(t))
+        got = ladd.sample_euler(v, noise, times, x0, renoise)
+        assert_close(got, x0, rtol=0, atol=1e-12)
+        assert v.times() == times  # exactly n evaluations, at the times asked for
+        assert torch.equal(v.calls[0][0], first * noise)
+        assert all(cond is x0 for _, _, cond in v.calls)
+
+
+@pytest.mark.parametrize("times", [[1.0], [1.0, 0.75, 0.5, 0.25], [0.9, 0.3], [80 / 81, 0.001]])
+def test_euler_equals_the_flow_match_euler_scheduler(times, world):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    scheduler.set_timesteps(sigmas=times)
+    noise, cond = world.noise[:3], world.cond[:3]
+    x = times[0] * noise
+    for timestep in scheduler.timesteps:
+        v = world.teacher(x, torch.full((3,), float(timestep) / 1000), cond)
+        x = scheduler.step(v, timestep, x).prev_sample
+    assert_close(ladd.sample_euler(world.teacher, noise, times, cond), x, rtol=0, atol=2e-6)
+
+
+def test_renoising_by_hand():
+    # v = x from noise 8: x0 = 0; at .5 x = .5 * 6, x0 = 1.5; at .25 x = .75 * 1.5 + .25 * 10.
+    v = Recorder(lambda x, t, c: x)
+    noises = {1: f64(6)[:, None], 2: f64(10)[:, None]}
+    x0 = ladd.sample_euler(v, f64(8)[:, None], [1, 0.5, 0.25], None, noises.get)
+    assert [float(x) for x, _, _ in v.calls] == [8, 3, 3.625]
+    assert float(x0) == 3.625 * 0.75
+
+
+def test_step_times():
+    times = (1.0, 0.75, 0.5, 0.25)
+    wanted = [1], [1, 0.5], [1, 0.75, 0.5], [1, 0.75, 0.5, 0.25]
+    assert [ladd.step_times(times, n) for n in (1, 2, 3, 4)] == list(wanted)
+    for n in (0, -1, 5):
+        with pytest.raises(UserError, match=f"--steps {n}"):
+            ladd.step_times(times, n)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "renoise"])
+def test_student_sampler_takes_its_steps_and_keys_each_samples_noise(world, sampler):
+    recipe, student = tiny.make_recipe(sampler=sampler), world.make_student()
+    noise, cond = world.noise[:3], world.cond[:3]
+    for steps, times in ((1, [1]), (2, [1, 0.5]), (4, [1, 0.75, 0.5, 0.25])):
+        v = Recorder(student)
+        out = ladd.sample_student(v, recipe, noise, cond, steps)
+        assert v.times() == times and not out.requires_grad
+        assert torch.equal(out, ladd.sample_student(student, recipe, noise, cond, steps))
+    euler = ladd.sample_euler(student, noise, times, cond)
+    assert torch.equal(out, euler) == (sampler == "euler")
+    v = Recorder(lambda x, t, cond: x / as4d(t))  # x0 = 0 leaves the noise to be seen
+    ladd.sample_student(v, recipe, noise, cond, 4)
+    pairs = itertools.combinations([x / as4d(t) for x, t, _ in v.calls], 2)
+    assert {torch.allclose(a, b, atol=1e-3) for a, b in pairs} == {sampler == "euler"}
+    # A sample is the same in whatever company it is made; another index is another noise.
+    alone = ladd.sample_student(student, recipe, noise[2:], cond[2:], 4, torch.tensor([2]))
+    assert_close(alone, out[2:], rtol=0, atol=1e-6)
+    other = ladd.sample_student(student, recipe, noise[2:], cond[2:], 4, torch.tensor([7]))
+    assert torch.equal(other, alone) == (sampler == "euler")
+
+
+# ---- Taps
+
+
+class Step(nn.Module):
+    """A function as a module that counts its calls."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.count = 0
+
+    def forward(self, x):
+        self.count += 1
+        return self.function(x)
+
+
+def make_chain():
+    """x -> 2x -> 2x + 1 -> its square."""
+    net = nn.Sequential()
+    net.add_module("twice", Step(lambda x: 2 * x))
+    net.add_module("plus", Step(lambda x: x + 1))
+    net.add_module("square", Step(lambda x: x * x))
+    return net
+
+
+def hooks(module):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
+
+
+@pytest.mark.parametrize("early_exit", [True, False])
+@pytest.mark.parametrize(
+    "names, want, calls, slope",
+    [
+        (["twice"], [6], [1, 0, 0], 2),
+        (["plus", "twice"], [7, 6], [1, 1, 0], 2),
+        (["square", "twice", "plus"], [49, 6, 7], [1, 1, 1], 28),
+    ],
+)
+def test_taps_come_in_the_order_asked(names, want, calls, slope, early_exit):
+    net, x = make_chain(), torch.tensor(3.0, requires_grad=True)
+    got = ladd.tapped(net, names, lambda: net(x), early_exit)
+    assert [float(v.detach()) for v in got] == want and hooks(net) == 0
+    counts = [step.count for step in net]
+    assert counts == (calls if early_exit else [1, 1, 1])  # no deeper than needed
+    assert float(torch.autograd.grad(got[0], x)[0]) == slope
+
+
+@pytest.mark.parametrize("early_exit", [True, False])
+def test_the_first_output_of_a_tap_counts(early_exit):
+    net, xs = make_chain(), (torch.tensor(3.0), torch.tensor(5.0))
+    got = ladd.tapped(net, ["twice", "plus"], lambda: [net(x) for x in xs], early_exit)
+    assert [float(v) for v in got] == [6, 7]
+
+
+@pytest.mark.parametrize("name, x, error", [("square", "text", TypeError), ("cube", 3, UserError)])
+def test_taps_are_removed_whatever_happens(name, x, error):
+    net = make_chain()
+    with pytest.raises(error, match="cube|int"):
+        ladd.tapped(net, ["twice", name], lambda: net(x))
+    assert hooks(net) == 0
+
+
+def test_features_of_vectors_are_maps_of_one_place():
+    world = tiny.World(tiny.make_recipe(taps=("first.bias",)))
+    maps = world.features(world.x0[:3], torch.rand(3), world.cond[:3])
+    assert maps[0].shape == (3, 8, 1, 1)
+
+
+# ---- Heads
+
+CHANNELS, MAPS = (8, 6, 5, 16), ((16, 12), (8, 5), (3, 9), (1, 40))
+
+
+def make_heads(see_t=False, width=8):
+    torch.manual_seed(0)
+    heads = ladd.Heads(CHANNELS, MAPS, 3, width, see_t)
+    maps = [normal(k, 4, CHANNELS[k], *MAPS[k]) for k in range(4)]
+    return heads, maps, torch.rand(4), torch.randn(4, 3), torch.rand(4)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("see_t", [False, True])
+@pytest.mark.parametrize("width", [8, 24])
+def test_heads_give_one_float32_logit_per_patch(see_t, width, bf16):
+    heads, *inputs = make_heads(see_t, width)
+    with torch.autocast("cpu", torch.bfloat16, bf16):
+        logits = heads(*inputs)
+    assert [tuple(k.shape) for k in logits] == [(4, 8, 6), (4, 8, 5), (4, 2, 5), (4, 1, 20)]
+    assert all(k.dtype == torch.float32 and k.flatten(1).std(1).min() > 0 for k in logits)
+
+
+@pytest.mark.parametrize("see_t", [False, True])
+@torch.no_grad()
+def test_heads_see_the_students_t_only_when_asked(see_t):
+    heads, maps, t_hat, cond, t = make_heads(see_t)
+    base = heads(maps, t_hat, cond, t)
+    assert all(map(torch.equal, base, heads(maps, t_hat, cond, t / 2))) != see_t
+    for told in ((t_hat / 2, cond), (t_hat, -cond)):  # but always t_hat and the condition
+        assert not any(map(torch.equal, base, heads(maps, *told, t)))
+
+
+def test_heads_are_independent_of_one_another_and_of_other_samples():
+    heads, maps, *told = make_heads(see_t=True)
+    maps = [m.requires_grad_() for m in maps]
+    for k, logits in enumerate(heads(maps, *told)):
+        grads = torch.autograd.grad(logits[1].sum(), maps, retain_graph=True, allow_unused=True)
+        assert [g is not None for g in grads] == [j == k for j in range(4)]
+        assert [float(g.abs().sum()) > 0 for g in grads[k]] == [False, True, False, False]
+
+
+@pytest.mark.parametrize("channels", [1, 4, 5, 8, 16])
+@pytest.mark.parametrize("size", [(1, 1), (2, 1), (2, 3)])
+def test_heads_see_small_maps_or_refuse_them(channels, size):
+    """A norm over groups of one value would take away all that the features say, silently."""
+    torch.manual_seed(0)
+    try:
+        heads = ladd.Heads([channels], [size], 3, 8)
+    except UserError:
+        assert channels * math.prod(size) < 8
+        return
+    f = normal(5, 4, channels, *size).requires_grad_()
+    logits = heads([f], torch.full((4,), 0.5), torch.zeros(4, 3), torch.ones(4))[0]
+    assert float(logits.detach().flatten(1).std(0).min()) > 1e-3
+    assert float(torch.autograd.grad(logits.sum(), f)[0].abs().max()) > 1e-3
+
+
+@torch.no_grad()
+def test_heads_do_not_mind_the_scale_of_the_features():
+    heads, maps, *told = make_heads()
+    assert_close(heads(maps, *told), heads([1000 * m for m in maps], *told), rtol=0, atol=1e-3)
+
+
+def test_fourier_by_formula():
+    got = ladd.fourier(torch.tensor([0.0, 0.3, 1.0]), 5)
+    turns = [2 * math.pi * k for k in (0.25, 1, 4, 16, 64)]
+    want = [[f(k * t) for f in (math.cos, math.sin) for k in turns] for t in (0.0, 0.3, 1.0)]
+    assert_close(got, torch.tensor(want), rtol=0, atol=1e-4)
+
+
+# ---- Losses of logits
+
+# Two heads: one sample's 2x2 patches, two samples' one patch.
+REAL = [torch.tensor([[[2.0, 0.5], [-1.0, 1.0]]]), torch.tensor([[[3.0]], [[0.0]]])]
+FAKE = [torch.tensor([[[-2.0, 0.0], [1.0, -0.5]]]), torch.tensor([[[-3.0]], [[2.0]]])]
+
+
+def softplus(sign):
+    """log(1 + exp(sign (real - fake))), the mean over heads of its mean."""
+    gaps = (4, 0.5, -2, 1.5), (6, -2)
+    a, b = ([math.log1p(math.exp(sign * x)) for x in head] for head in gaps)
+    return (sum(a) / 4 + sum(b) / 2) / 2
+
+
+LOSSES = {
+    # Real 0, .5, 2, 0 and fake 0, 1, 2, .5 -> 6 / 4; real 0, 1 and fake 0, 3 -> 4 / 2.
+    "hinge": ((1.5 + 2) / 2, (0.375 + 0.5) / 2),
+    "relativistic": (softplus(-1), softplus(1)),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_by_hand(name):
+    for loss, want in zip(ladd.LOSSES[name], LOSSES[name], strict=True):
+        assert float(loss(REAL, FAKE)) == pytest.approx(want, rel=1e-6)
+
+
+def test_r1_of_heads_with_a_known_slope():
+    slope = torch.tensor([1.0, -2.0, 3.0]).requires_grad_()
+    for size in ((1, 1), (8, 2)):  # whatever the number of patches
+        penalty = ladd.r1_penalty(
+            lambda maps: [torch.einsum("c,bchw->bhw", slope, maps[0])], [normal(1, 5, 3, *size)]
+        )
+        assert float(penalty.detach()) == pytest.approx(1 + 4 + 9)
+        assert torch.autograd.grad(penalty, slope)[0].tolist() == pytest.approx([2, -4, 6])
+    # The mean over heads; places that a strided head leaves out count.
+    a, b = normal(2, 4, 3, 6, 4), normal(3, 4, 3, 4, 4)
+    penalty = ladd.r1_penalty(
+        lambda maps: [maps[0].square().sum(1) / 2, 2 * maps[1][:, :, ::2, ::2].sum(1)], [a, b]
+    )
+    want = (a.square().sum((1, 2, 3)).mean() / 24 + 3 * 4 / 4) / 2
+    assert_close(penalty.detach(), want)
+
+
+# ---- Recipe, reader, draws
+
+BAD_FIELDS = [
+    *[("batch", v) for v in ("many", 1.5, True, 0, None, math.nan)],
+    *[("student_lr", v) for v in (-1e-4, math.nan, math.inf, "fast", True)],
+    *[("time_probs", v) for v in ((0.7, 0.3), (0.7, 0.1, 0.1, 0.2), (1.5, -0.5, 0.0, 0.0))],
+    *[("times", v) for v in ((0.25, 1.0), (0.9, 0.5), (), (1.0, 1.0, 0.5), (1.0, 0.0))],
+    *[("iterations", 0), ("gen_every", 0), ("head_width", 12), ("seed", -1), ("share_noise", 1)],
+    *[("paired_share", -0.1), ("r1_weight", -1.0), ("distill_weight", -1.0), ("taps", ("a", 1))],
+    *[("loss", "wasserstein"), ("sampler", "heun"), ("lr_decay", "linear"), ("clip", -1.0)],
+    ("distill_fresh", 5),  # it needs distill_weight and backward_simulation
+]
+
+
+@pytest.mark.parametrize("name, value", BAD_FIELDS, ids=str)
+def test_recipe_refuses_a_bad_field_in_one_line_that_names_it(name, value):
+    for make in (tiny.make_recipe, lambda **bad: dataclasses.replace(tiny.make_recipe(), **bad)):
+        with pytest.raises(UserError, match=name) as error:
+            make(**{name: value})
+        assert "\n" not in str(error.value)
+
+
+def test_recipe_defaults_are_the_papers_and_every_field_is_explained():
+    r = Recipe()
+    assert (r.times, r.time_probs) == ((1, 0.75, 0.5, 0.25), (0.7, 0.1, 0.1, 0.1))
+    assert (r.warmup_probs, r.warmup) == ((0, 0, 0.5, 0.5), 500)
+    assert (r.renoise_mean, r.renoise_std, r.loss, r.adv_weight) == (1, 1, "hinge", 1)
+    off = (r.r1_weight, r.distill_weight, r.paired_share, r.distill_fresh, r.backward_simulation)
+    assert not any(off) and all(len(f.metadata["help"]) > 8 for f in dataclasses.fields(Recipe))
+
+
+def test_recipe_from_a_files_dict_and_its_diff():
+    r = tiny.make_recipe(times=[1, 0.5], time_probs=[1, 0], warmup_probs=[0.5, 0.5], student_lr=1)
+    assert type(r.times[0]) is type(r.student_lr) is float
+    stored = json.loads(json.dumps(dataclasses.asdict(r)))
+    assert ladd.recipe_from(Recipe, stored) == r
+    assert ladd.recipe_from(Recipe, {"batch": 5}) == Recipe(batch=5)  # an older file
+    with pytest.raises(UserError, match="sede: "):
+        ladd.recipe_from(Recipe, {**stored, "sede": 3})
+    other = dataclasses.replace(r, seed=3, times=(1.0, 0.4))
+    assert ladd.diff(r, r) == {}
+    assert ladd.diff(other, r) == {"seed": (0, 3), "times": (r.times, other.times)}
+    found = ladd.diff({"a": 3, "b": 2, "d": 4}, {"a": 1, "b": 2, "c": 2})
+    assert found == {"a": (1, 3), "c": (2, None), "d": (None, 4)}
+
+
+@pytest.mark.parametrize("n", [1, 7, 30])
+def test_reader_gives_each_sample_once_an_epoch_from_any_position(n):
+    index, epoch = ladd.reader_indices(n, 0, 5 * n, seed=3)
+    assert epoch.tolist() == [e for e in range(5) for _ in range(n)]
+    assert all(sorted(part) == list(range(n)) for part in index.reshape(5, n).tolist())
+    for start, count in itertools.product(range(2 * n + 1), (1, 2 * n)):
+        assert torch.equal(ladd.reader_indices(n, start, count, 3)[0], index[start:][:count])
+    others = index[n : 2 * n], ladd.reader_indices(n, 0, n, seed=4)[0], torch.arange(n)
+    assert n < 7 or not any(torch.equal(index[:n], other) for other in others)  # shuffled anew
+
+
+def test_keyed_noise_is_each_samples_own():
+    a = ladd.keyed_noise(torch.tensor([3, 5, 8]), (4, 2), "word", 1)
+    assert a.shape == (3, 4, 2) and a.dtype == torch.float32
+    assert torch.equal(ladd.keyed_noise(torch.tensor([8, 3]), (4, 2), "word", 1), a[[2, 0]])
+    assert torch.equal(a[1], torch.randn(4, 2, generator=ladd.generator("word", 1, 5)))
+    assert not (a == ladd.keyed_noise(torch.tensor([3, 5, 8]), (4, 2), "word", 2)).any()
+    many = ladd.keyed_noise(torch.arange(200), (4, 8, 8), "many")
+    assert abs(float(many.mean())) < 0.02 and float(many.std()) == pytest.approx(1, abs=0.02)
+    assert abs(float((many[1:] * many[:-1]).mean())) < 0.02
+
+
+def draws(recipe, iteration, index=None, shape=()):
+    index = torch.arange(recipe.batch) if index is None else torch.tensor(index)
+    return ladd.draw(recipe, iteration, index, shape)
+
+
+def test_times_follow_their_probabilities_and_the_warmup_counts_iterations():
+    r = tiny.make_recipe(batch=500, warmup=3, gen_every=3, time_probs=(0.5, 0.3, 0.2, 0.0))
+    for i, probs in enumerate([r.warmup_probs] * 3 + [r.time_probs] * 3):
+        t = draws(r, i)["t"].tolist()
+        assert set(t) <= set(r.times)
+        for time, p in zip(r.times, probs, strict=True):
+            limit = 4 * math.sqrt(p * (1 - p) / 500)  # exactly 0 where p is 0 or 1
+            assert abs(t.count(time) / 500 - p) <= limit
+
+
+@pytest.mark.parametrize("m, s", [(1.0, 1.0), (-0.4, 1.7)])
+def test_t_hat_is_log_normal_in_sigma(m, s):
+    """By Kolmogorov's distance in units of 1 / sqrt(n): above 1.8 by chance 3 times in 1000."""
+    d = draws(tiny.make_recipe(batch=3000, renoise_mean=m, renoise_std=s, share_noise=False), 0)
+    laws = statistics.NormalDist(m, s), statistics.NormalDist(m + 0.15 * s, s)
+    for t in (d["t_hat"].double(), d["t_real"].double()):
+        ranked = list(enumerate(sorted((t / (1 - t)).log().tolist())))
+        gaps = [max(abs(law.cdf(v) - (k + 0.5) / 3000) for k, v in ranked) for law in laws]
+        assert gaps[0] < 1.8 / math.sqrt(3000) < gaps[1]
+
+
+def test_draws_are_keyed_by_seed_iteration_and_place():
+    r = tiny.make_recipe(batch=64, share_noise=False)
+    before = torch.random.get_rng_state()
+    first = draws(r, 7, shape=(4,))
+    assert torch.equal(before, torch.random.get_rng_state())
+    torch.manual_seed(123)  # the global generator has no say, nor have the other samples
+    part = draws(r, 7, [5, 60, 9], (4,))
+    assert all(torch.equal(part[k], first[k][[5, 60, 9]]) for k in first)
+    noises = ("eps", "t_hat", "eps_hat", "t_real", "eps_real")
+    others = [draws(r, 8, shape=(4,)), draws(dataclasses.replace(r, seed=1), 7, shape=(4,))]
+    for other in [*others, {k: v.roll(1, 0) for k, v in first.items()}]:
+        assert not any((first[k] == other[k]).any() for k in noises)
+    for a, b in itertools.combinations(("eps", "eps_hat", "eps_real"), 2):
+        assert not (first[a] == first[b]).any()
+    assert not (first["t_hat"] == first["t_real"]).any()
+    shared = draws(dataclasses.replace(r, share_noise=True), 7, shape=(4,))
+    assert all(torch.equal(shared[f"{name}_real"], shared[f"{name}_hat"]) for name in ("t", "eps"))
+
+
+@pytest.mark.parametrize("every", [0, 1, 2, 4])
+def test_paired_samples_get_their_stored_noise_and_lie_evenly(world, every):
+    recipe, spy = tiny.make_recipe(paired_share=1 / every if every else 0.0), Spy()
+    spy.step(tiny.make_state(world, recipe), world, recipe, 0, micro_batch=4)
+    joint, fresh = spy.joint(), draws(recipe, 0, shape=tiny.SHAPE)
+    want = [every > 0 and (k + 1) % every == 0 for k in range(16)]
+    assert joint["paired"].tolist() == want
+    stored = (joint["eps"] == world.noise[tiny.rows(joint["cond"])]).flatten(1).all(1)
+    assert torch.equal(stored, joint["paired"])
+    assert torch.equal(joint["eps"][~stored], fresh["eps"][~stored])
+    assert torch.equal(joint["eps_hat"], fresh["eps_hat"])  # the second noise stays a fresh one
+
+
+def test_a_share_of_stored_noise_needs_a_world_that_stores_it(world):
+    world.noise, recipe = None, tiny.make_recipe()
+    tiny.run_steps(tiny.make_state(world, recipe), world, recipe, [0])
+    with pytest.raises(UserError, match="paired_share"):
+        tiny.make_state(world, dataclasses.replace(recipe, paired_share=0.5))
+
+
+# ---- The average, schedules, steps
+
+
+@pytest.mark.parametrize(
+    "half_life, ramp, updates, want",
+    [
+        (10, 1, [(1000, 10)], 0.5),  # one half-life in one update
+        (64, 1, [(1000 + k, 8) for k in range(8)], 0.5),  # the same half-life in eight
+        (1e9, 0.1, [(100, 10), (200, 10)], 1 - 0.5 * 0.5**0.5),  # a tenth of what was seen
+        (40, 0.1, [(100, 10), (800, 40)], 0.75),  # which is more later
+    ],
+    ids=str,
+)
+def test_average_by_hand(half_life, ramp, updates, want):
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    ema = ladd.EMA(model, half_life, ramp)
+    nn.init.ones_(model.weight)
+    assert float(ema.mean[0]) == 0  # a copy of its own
+    for seen, new in updates:
+        ema.update(model, seen, new)
+    assert float(ema.mean[0]) == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize("gen_every", [1, 2])
+def test_a_step_updates_the_average_after_the_weights(world, gen_every):
+    recipe = tiny.make_recipe(gen_every=gen_every, ema_half_life=40.0, ema_ramp=0.5)
+    state = tiny.make_state(world, recipe)
+    want = tiny.weights(state.student).double()
+    for i in range(6):
+        tiny.run_steps(state, world, recipe, [i])
+        if i and (i + 1) % gen_every == 0:
+            keep = 0.5 ** (gen_every * 16 / min(40, 0.5 * (i + 1) * 16))
+            want = keep * want + (1 - keep) * tiny.weights(state.student).double()
+        assert_close(flat(state.ema.mean).double(), want, rtol=0, atol=1e-6)
+    raw, mean = tiny.weights(state.student), flat(state.ema.mean)
+    with pytest.raises(KeyError), state.averaged() as student:
+        assert torch.equal(tiny.weights(student), mean) and not torch.equal(raw, mean)
+        raise KeyError  # whatever happens, they change back, bit for bit
+    assert torch.equal(tiny.weights(state.student), raw)
+    assert torch.equal(flat(state.ema.mean), mean)
+
+
+def test_without_a_half_life_the_last_weights_serve(world):
+    recipe = tiny.make_recipe(ema_half_life=0.0)
+    state = tiny.make_state(world, recipe)
+    tiny.run_steps(state, world, recipe, range(3))
+    last = tiny.weights(state.student)
+    with state.averaged() as student:
+        assert torch.equal(tiny.weights(student), last)
+    assert state.ema.mean == [] and not torch.equal(last, tiny.weights(world.teacher))
+
+
+@pytest.mark.parametrize("gen_every", [1, 2, 3, 7, 8])
+def test_schedule_of_the_students_updates(world, gen_every):
+    """Never at iteration 0. On the heads' iterations nothing of the student moves."""
+    recipe = tiny.make_recipe(gen_every=gen_every, batch=4, ema_half_life=1e-3)
+    state = tiny.make_state(world, recipe)
+    for i in range(7):
+        before = tiny.everything(state)
+        (metrics,) = tiny.run_steps(state, world, recipe, [i])
+        after = tiny.everything(state)
+        moved = {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])}
+        turn = i > 0 and (i + 1) % gen_every == 0
+        assert moved == {"heads", "heads_opt"} | (
+            {"student", "student_opt", "ema"} if turn else set()
+        )
+        assert ("student_loss" in metrics) == ("student_grad_norm" in metrics) == turn
+
+
+@pytest.mark.parametrize("gen_every", [1, 3])
+@pytest.mark.parametrize("decay", ["none", "cosine"])
+def test_learning_rates_count_iterations(world, decay, gen_every):
+    recipe = tiny.make_recipe(
+        lr_warmup=4, lr_decay=decay, iterations=8, batch=4, gen_every=gen_every
+    )
+    state, rates = tiny.make_state(world, recipe), {"student": [], "heads": []}
+    for name, seen in rates.items():
+        opt = getattr(state, name + "_opt")
+        opt.register_step_pre_hook(lambda o, *_, seen=seen: seen.append(o.param_groups[0]["lr"]))
+    tiny.run_steps(state, world, recipe, range(8))
+    rise = [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
+    fall = [1 if decay == "none" else 0.5 + 0.5 * math.cos(math.pi * i / 8) for i in range(8)]
+    assert rates["heads"] == pytest.approx([recipe.head_lr * x for x in rise])
+    student = [recipe.student_lr * rise[i] * fall[i] for i in range(8)]
+    assert rates["student"] == pytest.approx(student[1:] if gen_every == 1 else student[2::3])
+
+
+def own_adamw(w, gradients, lr, beta1, beta2):
+    """AdamW (arXiv 1711.05101, algorithm 2, no decay) in float64, over some steps' gradients."""
+    w, m, v = w.double(), 0.0, 0.0
+    for k, g in enumerate(gradients, 1):
+        m = beta1 * m + (1 - beta1) * g.double()
+        v = beta2 * v + (1 - beta2) * g.double() ** 2
+        w = w - lr * (m / (1 - beta1**k)) / ((v / (1 - beta2**k)).sqrt() + 1e-8)
+    return w
+
+
+@pytest.mark.parametrize("lr, beta1", [(5e-6, 0.0), (5e-6, 0.9), (1e-2, 0.0)])
+def test_tiny_steps_are_not_lost_to_rounding(world, lr, beta1):
+    recipe = tiny.make_recipe(student_lr=lr, beta1=beta1)
+    state = tiny.make_state(world, recipe)
+    seen, before = tiny.record_grads(state)["student"], tiny.weights(state.student)
+    tiny.run_steps(state, world, recipe, range(5))  # iteration 0 is the heads' alone
+    after, gradients = tiny.weights(state.student), [flat(step) for step in seen]
+    loud = gradients[0].abs() > 1e-3 * gradients[0].abs().max()
+    assert len(seen) == 4 and loud.float().mean() > 0.5
+    assert (after != before)[loud].float().mean() >= 0.99
+    want = own_adamw(before, gradients, lr, beta1, 0.99)
+    assert_close(after.double(), want, rtol=0, atol=3e-7)
+
+
+def test_each_network_is_clipped_by_its_own_norm(world):
+    recipe = tiny.make_recipe(clip=5e-4)
+    state = tiny.make_state(world, recipe)
+    seen = tiny.record_grads(state)
+    metrics = tiny.run_steps(state, world, recipe, [1])[0]
+    for name in ("heads", "student"):
+        assert float(flat(seen[name][0]).norm()) == pytest.approx(5e-4, rel=2e-3)
+        assert metrics[f"{name}_grad_norm"] > 1e-3  # as it was before
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["heads", "student"])
+def test_a_gradient_that_is_not_finite_skips_both_updates_and_three_end_the_run(world, which):
+    recipe = tiny.make_recipe(batch=4)
+    state, losses = tiny.make_state(world, recipe), [ladd.heads_loss, ladd.student_loss]
+    sound = losses[which]
+
+    def poisoned(state, world, recipe, b, *maps):
+        loss, metrics = sound(state, world, recipe, b, *maps)
+        return loss * (math.nan if b.iteration in (2, 3, 5, 6, 7) else 1), metrics
+
+    losses[which] = poisoned
+    for i in range(7):
+        before = tiny.everything(state)
+        (metrics,) = tiny.run_steps(state, world, recipe, [i], None, losses)
+        skipped = i in (2, 3, 5, 6)
+        assert metrics["skipped"] == skipped == tiny.same(before, tiny.everything(state))
+    with pytest.raises(UserError, match="iteration 7.*non-finite"):
+        tiny.run_steps(state, world, recipe, [7], None, losses)
+    assert tiny.same(before, tiny.everything(state))
+    assert not any(g is not None for g in tiny.grads(state.heads) + tiny.grads(state.student))
+
+
+# ---- One iteration: what goes where
+
+
+def test_a_run_starts_from_the_teacher_and_repeats_bit_for_bit(world):
+    recipe, found = tiny.make_recipe(share_noise=False, r1_weight=0.1, paired_share=0.5), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)  # the global generator has no say
+        before = torch.random.get_rng_state()
+        state = tiny.make_state(world, recipe)
+        assert torch.equal(tiny.weights(state.student), tiny.weights(world.teacher))
+        assert all(p.requires_grad for p in state.student.parameters()) and state.student.training
+        heads = tiny.weights(state.heads)
+        tiny.run_steps(state, world, recipe, range(3))
+        assert torch.equal(before, torch.random.get_rng_state())
+        found.append(tiny.everything(state))
+    assert tiny.same(*found)
+    other = tiny.make_state(world, dataclasses.replace(recipe, seed=1))
+    assert not torch.equal(heads, tiny.weights(other.heads))
+
+
+def test_the_teacher_stays_as_it_was(world):
+    recipe = tiny.make_recipe(r1_weight=0.1, student_lr=0.01, head_lr=0.02, **TOY)
+    before = tiny.weights(world.teacher)
+    tiny.run_steps(tiny.make_state(world, recipe), world, recipe, range(4))
+    assert torch.equal(tiny.weights(world.teacher), before)
+    assert not any(p.requires_grad or p.grad is not None for p in world.teacher.parameters())
+    assert not world.teacher.training and hooks(world.teacher) == 0
+
+
+@pytest.mark.parametrize("r1", [0.0, 0.5])
+def test_the_students_backward_leaves_the_heads_gradients_alone(world, r1):
+    recipe = tiny.make_recipe(r1_weight=r1, clip=1e9)
+    state, before = tiny.make_state(world, recipe), []
+    seen = tiny.record_grads(state)
+
+    def student_loss(state, world, recipe, b, real, fake, x0_hat):  # between the backward passes
+        assert not any(p.requires_grad for p in state.heads.parameters())
+        assert all(m.requires_grad for m in fake) and not any(m.requires_grad for m in real)
+        before.append(tiny.grads(state.heads))
+        return ladd.student_loss(state, world, recipe, b, real, fake, x0_hat)
+
+    ladd.train_step(state, world, recipe, 1, losses=(ladd.heads_loss, student_loss))
+    assert all(map(torch.equal, before[0], seen["heads"][0]))
+    assert all(float(g.abs().max()) > 0 for g in seen["student"][0])
+    assert all(p.requires_grad for p in state.heads.parameters())
+    networks = state.heads, state.student, world.teacher
+    assert all(g is None for m in networks for g in tiny.grads(m))  # none is left at the end
+
+
+@pytest.mark.parametrize(
+    "changes, student, teacher",
+    [
+        ({"share_noise": False, "r1_weight": 0.5, "loss": "relativistic"}, 1, 2),
+        ({"paired_share": 0.5, "distill_weight": 1.0}, 1, 2),
+        ({"backward_simulation": True}, 4, 2),
+        (TOY, 5, 6),  # ceil(.75 * 5) = 4 steps of the teacher, and the student's first
+        (RECIPES["stored"], 5, 6),  # as many where no sample needs them
+    ],
+    ids=str,
+)
+def test_network_calls_per_iteration(world, changes, student, teacher):
+    """3F, or 6F with gradients, and what terms add; as many whatever the draws: no rank waits."""
+    recipe = tiny.make_recipe(gen_every=2, warmup=0, batch=4, **changes)
+    state, calls = tiny.make_state(world, recipe), []
+    for name, module in (("teacher", world.teacher), ("student", state.student)):
+
+        def record(module, inputs, name=name):
+            calls.append((name, len(inputs[0]), torch.is_grad_enabled()))
+
+        module.register_forward_pre_hook(record)
+    for i in range(6):
+        calls.clear()
+        tiny.run_steps(state, world, recipe, [i])
+        turn = i % 2 == 1
+        names = [name for name, rows, _ in calls if rows > 0]
+        # A target for fresh noise is made only where the student is updated.
+        assert names.count("student") == student - (not turn and recipe.distill_fresh > 0)
+        assert names.count("teacher") == (teacher if turn else 2)
+        assert [c for c in calls if c[2]] == [("student", 4, True), ("teacher", 4, True)] * turn
+        assert ("teacher", 4, False) in calls and ("student", 4, turn) in calls
+
+
+@pytest.mark.parametrize("micro_batch", [2, 8])
+@pytest.mark.parametrize("changes", RECIPES.values(), ids=RECIPES)
+def test_micro_batches_add_up_before_a_single_step(world, micro_batch, changes):
+    recipe, found = tiny.make_recipe(clip=1e9, **changes), []
+    for size in (None, micro_batch):
+        state = tiny.make_state(world, recipe)
+        seen = tiny.record_grads(state)
+        metrics = tiny.run_steps(state, world, recipe, [1], size)[0]
+        metrics.pop("diversity")  # of neighbours in a micro-batch
+        assert len(seen["heads"]) == len(seen["student"]) == 1
+        found.append((flat(seen["heads"][0]), flat(seen["student"][0]), metrics))
+    for whole, parts in zip(found[0][:2], found[1][:2], strict=True):
+        assert float((parts - whole).norm()) < 1e-5 * float(whole.norm())
+    assert found[1][2] == pytest.approx(found[0][2], rel=1e-5, abs=1e-6)
+
+
+def test_samples_conditions_and_noises_stay_paired(world):
+    recipe, used = tiny.make_recipe(paired_share=0.5, gen_every=2), []
+    world.real = -world.x0
+    state = tiny.make_state(world, recipe)
+    for i in range(6):
+        spy = Spy()
+        spy.step(state, world, recipe, i, micro_batch=4)
+        joint = spy.joint()
+        index = tiny.rows(joint["cond"])  # the condition names the sample
+        for name in ("x0", "real", "cond"):
+            assert torch.equal(joint[name], getattr(world, name)[index])
+        x_t = torch.lerp(joint["x0"], joint["eps"], as4d(joint["t"]))
+        assert_close(joint["x_t"], x_t, rtol=0, atol=1e-6)
+        assert joint["index"].tolist() == list(range(16)) and spy.batches[0].iteration == i
+        used += index.tolist()
+    assert used == ladd.reader_indices(tiny.N, 0, 96, 0)[0].tolist()
+
+
+def test_two_ranks_see_the_halves_of_the_joint_batch(world, monkeypatch):
+    recipe, alone, both = tiny.make_recipe(paired_share=0.25), Spy(), Spy()
+    alone.step(tiny.make_state(world, recipe), world, recipe, 0)
+    monkeypatch.setattr(ladd, "world_size", lambda: 2)
+    monkeypatch.setattr(ladd, "mean_over_ranks_", lambda tensors: None)
+    for rank in (0, 1):
+        monkeypatch.setattr(ladd, "rank", lambda rank=rank: rank)
+        both.step(tiny.make_state(world, recipe), world, recipe, 0, micro_batch=4)
+    assert [len(b.x0) for b in both.batches] == [4] * 4
+    assert tiny.same(alone.joint(), both.joint())
+
+
+def test_losses_of_ones_own_replace_the_recipes(world):
+    recipe = tiny.make_recipe(batch=8, clip=1e9)
+    state, spy = tiny.make_state(world, recipe), Spy()
+    heads, student = tiny.weights(state.heads), copy.deepcopy(state.student)
+    seen = tiny.record_grads(state)
+
+    def heads_loss(state, world, recipe, b, real, fake):
+        spy.batches.append(b)
+        return sum(p.square().sum() for p in state.heads.parameters()) / 2, {}
+
+    def student_loss(state, world, recipe, b, real, fake, x0_hat):
+        noise = ladd.keyed_noise(b.index, b.x0.shape[1:], recipe.seed, b.iteration, "its own")
+        loss = (x0_hat - noise).square().mean()
+        return loss, {"distance": loss}
+
+    (metrics,) = tiny.run_steps(state, world, recipe, [1], 4, (heads_loss, student_loss))
+    assert torch.equal(flat(seen["heads"][0]), heads)
+    b = spy.joint()
+    x0_hat = b["x_t"] - as4d(b["t"]) * student(b["x_t"], b["t"], b["cond"])
+    noise = ladd.keyed_noise(range(8), tiny.SHAPE, 0, 1, "its own")  # whatever the micro-batches
+    loss = (x0_hat - noise).square().mean()
+    want = flat(torch.autograd.grad(loss, list(student.parameters())))
+    assert_close(flat(seen["student"][0]), want, rtol=1e-4, atol=1e-6)
+    assert metrics["distance"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_metrics_of_the_heads_by_hand(world):
+    real = [torch.tensor([[[2.0, -1.0]], [[3.0, 1.0]]]), torch.tensor([[[-1.0]], [[1.0]]])]
+    fake = [torch.tensor([[[-2.0, 1.0]], [[-3.0, 0.5]]]), torch.tensor([[[-1.0]], [[-4.0]]])]
+    recipe = tiny.make_recipe(batch=4)
+    state, answers = tiny.make_state(world, recipe), itertools.cycle((real, fake))
+    bias = state.heads.heads[0].out.bias
+    state.heads.forward = lambda *_: [k + 0 * bias for k in next(answers)]
+    metrics = tiny.run_steps(state, world, recipe, [0], micro_batch=2)[0]
+    assert metrics["accuracy/first"] == 3 / 4
+    assert metrics["accuracy/second"] == (1 / 2 + 1) / 2  # a tie counts half
+    assert metrics["heads_loss"] == pytest.approx(((2 / 4 + 3.5 / 4) + (2 / 2 + 0)) / 2)
+
+
+# ---- What commit e26f5b7 computed in two iterations: the numbers of reference.json
+
+REFERENCE = json.loads((Path(__file__).parent / "reference.json").read_text())["cases"]
+
+
+class MadeUpToy(toy.ToyWorld):
+    """The toy with made-up samples, and no judge."""
+
+    def __init__(self, recipe):
+        self.recipe = recipe
+        self.teacher, _ = toy.load_teacher(toy.WEIGHTS, tiny.CPU)
+
+    def batch(self, start, count):
+        i = start // self.recipe.batch
+        x0 = F.interpolate(normal(100 + i, count, 3, 7, 7), scale_factor=4.0).tanh()
+        labels = torch.randint(10, (count,), generator=torch.Generator().manual_seed(200 + i))
+        return x0, labels, normal(300 + i, count, 3, 28, 28), x0
+
+
+class MadeUpZImage(zimage.ZImageWorld):
+    """A tiny random Z-Image with made-up latents and captions."""
+
+    make_student = ladd.World.make_student
+
+    def __init__(self, recipe):
+        self.recipe = recipe
+        transformer = tiny_zimage.transformer(0).requires_grad_(False)
+        self.teacher = zimage.adapter.ZImageVelocity(transformer, torch.float32)
+
+    def batch(self, start, count):
+        i = start // self.recipe.batch
+        captions = [normal(400 + 10 * i + k, 5 + 9 * k, 32) for k in range(count)]
+        vector = torch.stack([c.mean(0) for c in captions])
+        x0, noise = normal(500 + i, count, 16, 8, 12) * 0.7, normal(600 + i, count, 16, 8, 12)
+        return x0, zimage.adapter.Prompts(captions, vector), noise, x0
+
+
+def old_draw(recipe, iteration, index, shape):
+    """The draws of that commit, which came from one generator for the joint batch."""
+    gen, n = ladd.generator(recipe.seed, iteration, "iteration"), recipe.batch
+    probs = recipe.warmup_probs if iteration < recipe.warmup else recipe.time_probs
+    edges = torch.tensor(probs, dtype=torch.float64).cumsum(0)[:-1]
+    which = torch.bucketize(torch.rand(n, generator=gen, dtype=torch.float64), edges, right=True)
+    d = {"t": torch.tensor(recipe.times)[which], "eps": torch.randn(n, *shape, generator=gen)}
+    for side in ("hat",) if recipe.share_noise else ("hat", "real"):
+        z = torch.randn(n, generator=gen)
+        d[f"t_{side}"] = torch.sigmoid(recipe.renoise_mean + recipe.renoise_std * z)
+        d[f"eps_{side}"] = torch.randn(n, *shape, generator=gen)
+    d = {"t_real": d["t_hat"], "eps_real": d["eps_hat"], **d}
+    d["paired"] = (torch.arange(n) % 2 == 1) & (recipe.paired_share == 0.5)
+    return {k: v[index] for k, v in d.items()}
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_the_iteration_computes_what_it_always_has(name, monkeypatch):
+    case = REFERENCE[name]
+    kind, make_world = (Recipe, MadeUpZImage) if name == "zimage" else (toy.ToyRecipe, MadeUpToy)
+    world = make_world(kind(**case["recipe"]))
+    monkeypatch.setattr(ladd, "draw", old_draw)
+    state = tiny.make_state(world, world.recipe)
+    initial = [float(tiny.weights(m).double().abs().sum()) for m in (world.teacher, state.heads)]
+    assert initial == pytest.approx(case["weights"], rel=1e-6)
+    seen = tiny.record_grads(state)
+    for k in (0, 1):
+        metrics = tiny.run_steps(state, world, world.recipe, [k + 1])[0]
+        for word, want in case["metrics"][k].items():
+            assert metrics[word] == pytest.approx(want, rel=1e-6, abs=1e-6), word
+        for part, steps in seen.items():
+            got = [float((g.double() * normal(j, *g.shape)).sum()) for j, g in enumerate(steps[k])]
+            scale = max(map(abs, case[part][k]))
+            assert got == pytest.approx(case[part][k], rel=0, abs=1e-6 * scale)

@@ -1,0 +1,842 @@
+"""The run as promised: kills do no harm, ranks agree, bad input is one line, worlds are easy."""
+
+import dataclasses
+import datetime
+import importlib
+import itertools
+import json
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict  # noqa: F401 (so that children have it already)
+from safetensors.torch import load_file
+
+import ladd
+import tiny
+
+ROOT = Path(ladd.__file__).parent
+FIELDS = {"iterations": 6, "batch": 12, "student_lr": 0.01, "head_lr": 0.02, "lr_warmup": 3}
+RECIPE = tiny.make_recipe(**FIELDS, lr_decay="cosine")
+
+
+class Killed(BaseException):
+    """As kill -9 is: nothing in the run handles it."""
+
+
+def train(run, world=None, recipe=RECIPE, losses=(ladd.heads_loss, ladd.student_loss), **options):
+    options = {"evaluate_every": 0, "checkpoint_every": 2, "log_every": 1, **options}
+    world = world or tiny.World(recipe)
+    return ladd.train(world, recipe, run, ladd.Options(**options), losses)
+
+
+def log_of(run):
+    """metrics.jsonl without its clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def at_iteration(iteration, act, world=None):
+    """A world that acts when the samples of an iteration (from 0) are asked for."""
+    world = world or tiny.World(RECIPE)
+    batch = world.batch
+
+    def batch_and_act(start, count):
+        if start == iteration * RECIPE.batch and count > 2:  # 2: State looks at two samples
+            act()
+        return batch(start, count)
+
+    world.batch = batch_and_act
+    return world
+
+
+def killed():
+    raise Killed
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that was never disturbed: (its folder, all that its state holds)."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    return run, tiny.everything(train(run))
+
+
+# ---- the command line, with the tiny world in place of the toy -----------------------------------
+
+
+class World(tiny.World):
+    def evaluate(self, student, run, step):
+        torch.manual_seed(step)
+        return super().evaluate(student, run, step)
+
+
+def make_world(recipe, options, device):
+    return World(recipe, options.data)
+
+
+MODULE = types.SimpleNamespace(
+    NAME="tiny",
+    RECIPES={
+        "tiny": dataclasses.replace(RECIPE, iterations=4, taps=("first",)),
+        "other": tiny.make_recipe(iterations=2, batch=4),
+    },
+    add_arguments=lambda group: group.add_argument("--data", type=int, default=0),
+    make_world=make_world,
+)
+WORDS = ["--toy", "--device=cpu", "--dtype=float32", "--log-every=1", "--checkpoint-every=2"]
+WORDS += ["--evaluate-every=3", "--keep=1"]
+
+
+def command(out, *words):
+    """The exit code of a command line of the tiny world."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "toy_mnist.world", MODULE)
+        return ladd.main([*WORDS, f"--out={out}", *words])
+
+
+@pytest.fixture(scope="module")
+def never_killed(tmp_path_factory):
+    """The folder of such a run, which was never disturbed."""
+    out = tmp_path_factory.mktemp("never-killed")
+    assert command(out, "--name=run") == 0
+    return out / "run"
+
+
+def assert_same_run(run, other):
+    for name in ("student", "best"):
+        a, b = (load_file(r / f"{name}.safetensors") for r in (run, other))
+        assert tiny.same(a, b)
+    assert log_of(run) == log_of(other)
+    configs = [json.loads((r / "config.json").read_text()) for r in (run, other)]
+    assert configs[0]["recipe"] == configs[1]["recipe"]
+    assert not list(run.rglob("*.part"))  # what a killed process has left goes at the next start
+
+
+# ---- processes: forked from one that has everything imported -------------------------------------
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["test_run"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fork_server():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+        multiprocessing.forkserver.ensure_running()
+
+
+class Child(FORKS.Process):
+    """A process that prints into a file and ends with what `work(*args)` returns."""
+
+    def __init__(self, log, work, *args):
+        super().__init__(target=Child.begin, args=(log, work, args), daemon=True)
+        self.log = log
+        self.start()
+
+    @staticmethod
+    def begin(log, work, args):
+        with open(log, "w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        torch.set_num_threads(1)
+        sys.exit(work(*args))
+
+    def ended(self):
+        """(exit code, what it printed)."""
+        self.join(120)
+        return self.exitcode, self.log.read_text()
+
+
+def complaint(printed):
+    """The one line of what was printed that says what is wrong."""
+    lines = [line for line in printed.splitlines() if line.startswith("ladd: ")]
+    assert len(lines) == 1 and "Traceback" not in printed, printed
+    return lines[0]
+
+
+# ---- killed and resumed = never killed -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("iteration", [0, 1, 3, 5])
+def test_killed_in_an_iteration_and_resumed_is_never_killed(tmp_path, whole, iteration):
+    with pytest.raises(Killed):
+        train(tmp_path / "run", at_iteration(iteration, killed))
+    world = tiny.World(RECIPE)
+    state = train(tmp_path / "run", world, resume=True)
+    assert tiny.same(tiny.everything(state), whole[1])
+    assert log_of(tmp_path / "run") == log_of(whole[0])
+    reads = [start // 12 for start, count in world.reads if count == 12]
+    assert reads == list(range(iteration - iteration % 2, 6))  # from the last checkpoint
+
+
+def die_at(n):
+    """Have this process killed at its n-th change of a file: before it, or when it has been opened
+    and nothing is written."""
+    count = itertools.count()
+
+    def hook(event, args):
+        opens = event == "open" and isinstance(args[1], str) and set("wax") & set(args[1])
+        moves = event in ("os.rename", "os.rmdir", "shutil.rmtree")
+        moves = moves or event == "os.remove" and not str(args[0]).endswith(".part")
+        if (opens or moves) and next(count) == n:
+            if opens:
+                os.open(args[0], os.O_CREAT | os.O_WRONLY | os.O_TRUNC * ("a" not in args[1]))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def command_that_dies(n, out):
+    die_at(n)
+    return command(out, "--name=run", "--resume")
+
+
+def test_killed_at_any_change_of_a_file_and_resumed_is_never_killed(tmp_path, never_killed):
+    """Between two changes of files a kill leaves nothing but what the one before has left."""
+    for n in itertools.count():
+        out = tmp_path / str(n)
+        code, printed = Child(tmp_path / "log", command_that_dies, n, out).ended()
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL, printed
+        code, printed = Child(tmp_path / "log", command, out, "--name=run", "--resume").ended()
+        assert code == 0, printed
+        assert_same_run(out / "run", never_killed)
+        shutil.rmtree(out)
+    assert n > 20
+
+
+def test_a_cut_off_checkpoint_is_passed_over_aloud(tmp_path, whole, capsys):
+    with pytest.raises(Killed):
+        train(tmp_path / "run", at_iteration(5, killed))
+    (tmp_path / "run/checkpoints/step-0000004/.metadata").unlink()
+    state = train(tmp_path / "run", resume=True)
+    captured = capsys.readouterr()
+    assert "step-0000004: cut off, passed over" in captured.err
+    assert "going on from" in captured.out and "step-0000002" in captured.out
+    assert tiny.same(tiny.everything(state), whole[1])
+    assert log_of(tmp_path / "run") == log_of(whole[0])
+
+
+def test_checkpoints_are_kept_as_asked(tmp_path):
+    train(tmp_path / "run", checkpoint_every=1, keep=3)
+    names = [path.name for path in ladd.checkpoints(tmp_path / "run")]
+    assert names == ["step-0000004", "step-0000005", "step-0000006"]
+
+
+def test_a_finished_run_may_go_on_for_longer(tmp_path):
+    recipe = tiny.make_recipe(**FIELDS)
+    longer = tiny.make_recipe(**{**FIELDS, "iterations": 8})
+    train(tmp_path / "run", recipe=recipe)
+    state = train(tmp_path / "run", recipe=longer, resume=True)
+    straight = train(tmp_path / "straight", recipe=longer)
+    assert tiny.same(tiny.everything(state), tiny.everything(straight))
+
+
+def test_a_resume_knows_the_best_student_and_the_updates_that_were_skipped(tmp_path):
+    def scored(killed_in):
+        world = at_iteration(killed_in, killed)
+        world.evaluate = lambda student, run, step: {"score": float(step)}
+        return world
+
+    run, options = tmp_path / "run", {"evaluate_every": 1, "losses": not_finite({3, 4, 5}, 0)}
+    with pytest.raises(Killed):
+        train(run, scored(5), checkpoint_every=1, **options)
+    best = (run / "best.safetensors").stat().st_mtime_ns
+    with pytest.raises(ladd.UserError, match="iteration 5: three non-finite gradients"):
+        train(run, scored(9), resume=True, **options)
+    train(run, scored(9), resume=True, **{**options, "losses": not_finite({})})
+    assert (run / "best.safetensors").stat().st_mtime_ns == best
+
+
+def test_lines_after_the_checkpoint_and_cut_off_lines_leave_the_log(tmp_path, whole):
+    with pytest.raises(Killed):
+        train(tmp_path / "run", at_iteration(3, killed))
+    with open(tmp_path / "run/metrics.jsonl", "a") as file:
+        file.write('{"iteration": 4, "heads_lo')
+    train(tmp_path / "run", resume=True)
+    assert log_of(tmp_path / "run") == log_of(whole[0])
+
+
+def command_that_waits(out):
+    """A job that waits in iteration 3."""
+
+    def wait():
+        (out / "waiting").touch()
+        while True:  # short naps, because a signal that comes just before one does not end it
+            time.sleep(0.05)
+
+    MODULE.make_world = lambda *args: at_iteration(3, wait, make_world(*args))
+    return command(out, "--name=run")
+
+
+def in_background(out):
+    """As a shell starts a background job: without Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return command_that_waits(out)
+
+
+def waiting_child(out, work=command_that_waits):
+    process = Child(out / "log", work, out)
+    while not (out / "waiting").exists():
+        assert process.is_alive(), process.log.read_text()
+        time.sleep(0.02)
+    return process
+
+
+@pytest.mark.parametrize("work", [command_that_waits, in_background])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_job_ends_with_one_line_and_130(tmp_path, never_killed, work, number):
+    process = waiting_child(tmp_path, work)
+    os.kill(process.pid, number)
+    code, printed = process.ended()
+    assert code == 130 and "stopped" in complaint(printed)
+    assert command(tmp_path, "--name=run", "--resume") == 0
+    assert_same_run(tmp_path / "run", never_killed)
+
+
+def command_stopped_at_its_end(out):
+    World.finish = lambda *args: os.kill(os.getpid(), signal.SIGTERM)
+    return command(out, "--name=run")
+
+
+def test_a_job_that_is_stopped_outside_its_training_ends_with_one_line(tmp_path, never_killed):
+    code, printed = Child(tmp_path / "log", command_stopped_at_its_end, tmp_path).ended()
+    assert code == 130 and complaint(printed)
+    assert command(tmp_path, "--name=run", "--resume") == 0
+    assert_same_run(tmp_path / "run", never_killed)
+
+
+# ---- what else must not change a run, or must not be changed -------------------------------------
+
+
+def test_one_seed_gives_one_run_and_another_seed_another(tmp_path, whole):
+    torch.manual_seed(7)
+    assert tiny.same(tiny.everything(train(tmp_path / "again")), whole[1])
+    other = tiny.make_recipe(**FIELDS, lr_decay="cosine", seed=1)
+    assert not tiny.same(tiny.everything(train(tmp_path / "other", recipe=other)), whole[1])
+
+
+@pytest.mark.parametrize(
+    "options", [{"evaluate_every": 1}, {"checkpoint_every": 1}, {"log_every": 4}], ids=str
+)
+def test_evaluation_checkpoints_and_log_do_not_change_the_run(tmp_path, whole, options):
+    assert tiny.same(tiny.everything(train(tmp_path / "run", **options)), whole[1])
+
+
+def test_the_averaged_student_is_evaluated_and_the_best_is_kept(tmp_path):
+    seen, scores = [], {2: 3.0, 3: 1.0, 4: 2.0}
+    world = tiny.World(RECIPE)
+
+    def evaluate(student, run, step):
+        seen.append((step, tiny.weights(student)))
+        return {"score": scores.get(step, 9.0)}
+
+    world.evaluate = evaluate
+    state = train(tmp_path / "run", world, evaluate_every=1)
+    steps = [step for step, _ in seen]
+    assert steps == [1, 2, 3, 4, 5] and state.best == 1.0
+    best = load_file(tmp_path / "run/best.safetensors")
+    flat = torch.cat([best[k].flatten() for k, _ in world.teacher.named_parameters()])
+    assert torch.equal(flat, seen[2][1])
+    with state.averaged() as student:
+        assert not torch.equal(tiny.weights(student), seen[-1][1])
+    assert [line["score"] for line in log_of(tmp_path / "run") if "score" in line] == [
+        9.0, 3.0, 1.0, 2.0, 9.0
+    ]  # fmt: skip
+
+
+def test_the_log_has_the_mean_of_each_window(tmp_path, whole):
+    train(tmp_path / "run", log_every=4)
+    lines, every = log_of(tmp_path / "run"), log_of(whole[0])
+    assert [line["iteration"] for line in lines] == [4, 6]
+    for line, part in zip(lines, (every[:4], every[4:]), strict=True):
+        for name in ("heads_loss", "student_loss", "student_grad_norm"):
+            values = [one[name] for one in part if name in one]
+            assert line[name] == pytest.approx(sum(values) / len(values), rel=1e-9)
+
+
+def test_config_holds_recipe_difference_data_and_versions(never_killed, tmp_path, capsys):
+    config = json.loads((never_killed / "config.json").read_text())
+    assert config["recipe"]["batch"] == 12 and config["recipe"]["taps"] == ["first"]
+    assert config["data"] == {"tiny": 0} and config["torch"] == torch.__version__
+    assert config["diff"]["student_lr"] == [1e-4, 0.01] and "beta2" not in config["diff"]
+    assert command(tmp_path, "--name=a b", "--iterations=2") == 0
+    assert "student_lr = 0.01 (not 0.0001)" in capsys.readouterr().out
+
+
+def test_collapse_is_called_out_and_ends_the_run_when_asked(tmp_path, capsys):
+    world = tiny.World(RECIPE)
+    world.collapse = ["one hue"]
+    train(tmp_path / "warned", world, evaluate_every=3)
+    assert "collapse? one hue" in capsys.readouterr().out
+    with pytest.raises(ladd.UserError, match="collapsed at iteration 3"):
+        train(tmp_path / "ended", world, evaluate_every=3, stop_on_collapse=True)
+    assert ladd.newest_checkpoint(tmp_path / "ended").name == "step-0000003"
+
+
+# ---- one run, one process ------------------------------------------------------------------------
+
+
+def test_a_run_that_exists_is_refused_or_resumed_under_the_same_recipe_and_data(tmp_path, whole):
+    run = tmp_path / "run"
+    shutil.copytree(whole[0], run)
+    before = (run / "config.json").read_bytes()
+    with pytest.raises(ladd.UserError, match="--name run: .* exists; give another name"):
+        train(run)
+    other = tiny.make_recipe(**{**FIELDS, "student_lr": 0.02}, lr_decay="cosine")
+    with pytest.raises(ladd.UserError, match="student_lr = 0.02 .was 0.01.*start a new run"):
+        train(run, recipe=other, resume=True)
+    with pytest.raises(ladd.UserError, match="tiny = 5 .was 0"):
+        train(run, tiny.World(RECIPE, seed=5), resume=True)
+    assert (run / "config.json").read_bytes() == before
+
+
+def command_at_once(barrier, out, *words):
+    """A start that makes its world at the same time as others."""
+    MODULE.make_world = lambda *args: barrier.wait(60) * 0 or make_world(*args)
+    return command(out, *words)
+
+
+def test_of_two_starts_with_one_name_one_is_refused(tmp_path):
+    barrier = FORKS.Barrier(2)
+    words = (tmp_path / "out", "--name=one")
+    processes = [
+        Child(tmp_path / f"log-{seed}", command_at_once, barrier, *words, f"--seed={seed}")
+        for seed in (1, 2)
+    ]
+    ends = {seed: process.ended() for seed, process in zip((1, 2), processes, strict=True)}
+    winner, loser = sorted(ends, key=lambda seed: ends[seed][0])
+    assert ends[winner][0] == 0 and ends[loser][0] == 2
+    assert "--name one" in complaint(ends[loser][1])
+    config = json.loads((tmp_path / "out/one/config.json").read_text())
+    assert config["recipe"]["seed"] == winner
+
+
+def test_two_starts_without_a_name_get_numbers_of_their_own(tmp_path):
+    barrier = FORKS.Barrier(2)
+    words = (tmp_path / "out", "--iterations=2")
+    processes = [Child(tmp_path / f"log-{k}", command_at_once, barrier, *words) for k in range(2)]
+    assert [process.ended()[0] for process in processes] == [0, 0]
+    for name in ("001", "002"):
+        assert (tmp_path / "out" / name / "student.safetensors").exists()
+
+
+def test_a_live_run_is_not_resumed_beside_itself(tmp_path, never_killed, capsys):
+    process = waiting_child(tmp_path)
+    assert command(tmp_path, "--name=run", "--resume") == 2
+    assert "--name run: another process" in complaint(capsys.readouterr().err)
+    process.kill()
+    process.join()
+    assert command(tmp_path, "--name=run", "--resume") == 0  # the lock has ended with its process
+    assert_same_run(tmp_path / "run", never_killed)
+
+
+# ---- a full disk ---------------------------------------------------------------------------------
+
+
+def command_on_a_full_disk(out, owner, name):
+    """From `owner.name` on no file of more than 9,000 bytes can be written."""
+    owner = ladd if owner == "ladd" else World
+    work = getattr(owner, name)
+
+    def limited(*args, **options):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
+        return work(*args, **options)
+
+    setattr(owner, name, limited)
+    return command(out, "--name=run")
+
+
+WRITES = ("ladd", "write_json"), ("ladd", "save_checkpoint"), ("World", "evaluate")
+
+
+@pytest.mark.parametrize("owner, name", [*WRITES, ("World", "finish")])
+def test_a_full_disk_is_one_line_and_the_run_can_go_on(tmp_path, never_killed, owner, name):
+    log = tmp_path / "log"
+    code, printed = Child(log, command_on_a_full_disk, tmp_path, owner, name).ended()
+    assert code == 2 and "File too large" in complaint(printed)
+    assert not list(tmp_path.rglob("*.part"))
+    assert not (tmp_path / "run/student.safetensors").exists()
+    assert command(tmp_path, "--name=run", "--resume") == 0
+    assert_same_run(tmp_path / "run", never_killed)
+
+
+# ---- ranks ---------------------------------------------------------------------------------------
+
+
+def as_rank(rank, size, folder, work):
+    """One of `size` processes; one that waits in vain fails after a while."""
+    meeting = f"file://{folder}/meeting-{work.__name__}-{size}"
+    timeout = datetime.timedelta(seconds=60)
+    options = {"init_method": meeting, "rank": rank, "world_size": size, "timeout": timeout}
+    dist.init_process_group("gloo", **options)
+    torch.save(work(rank, folder), folder / f"{work.__name__}-{size}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def on_ranks(size, folder, work):
+    """What work(rank, folder) returns on each of so many ranks."""
+    logs = [folder / f"log-{rank}" for rank in range(size)]
+    processes = [Child(log, as_rank, rank, size, folder, work) for rank, log in enumerate(logs)]
+    for process in processes:
+        code, printed = process.ended()
+        assert code == 0, printed
+    paths = [folder / f"{work.__name__}-{size}-{rank}.pt" for rank in range(size)]
+    return [torch.load(path, weights_only=False) for path in paths]
+
+
+FULL = {"loss": "relativistic", "paired_share": 0.5, "distill_weight": 1.0, "distill_power": 2.0}
+FULL |= {"distill_fresh": 5, "backward_simulation": True, "r1_weight": 0.1, "heads_see_t": True}
+FULL |= {"iterations": 6, "batch": 12, "share_noise": False, "clip": 1e9, "warmup": 0}
+
+
+def one_iteration(rank=0, folder=None):
+    """What the losses are given, and the gradients, of iteration 3."""
+    recipe = tiny.make_recipe(**FULL)
+    world = tiny.World(recipe)
+    state = tiny.make_state(world, recipe)
+    seen, grads = [], tiny.record_grads(state)
+
+    def heads_loss(state, world, recipe, b, real, fake):
+        seen.append({k: v for k, v in vars(b).items() if torch.is_tensor(v)})
+        return ladd.heads_loss(state, world, recipe, b, real, fake)
+
+    ladd.train_step(state, world, recipe, 3, losses=(heads_loss, ladd.student_loss))
+    flat = {k: torch.cat([g.flatten() for g in steps[0]]) for k, steps in grads.items()}
+    return seen[0], flat
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_share_a_batch_and_take_the_gradients_of_one(tmp_path, size):
+    joint, alone = one_iteration()
+    found = on_ranks(size, tmp_path, one_iteration)
+    for name, value in joint.items():
+        parts = torch.cat([batch[name] for batch, _ in found])
+        if name == "x_t":  # what the student has made, in other batches
+            torch.testing.assert_close(parts, value, rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(parts, value), name
+    for _, grads in found:
+        for name, grad in grads.items():
+            assert float((grad - alone[name]).norm() / alone[name].norm()) < 1e-5, name
+            assert torch.equal(grad, found[0][1][name])
+
+
+def not_finite(iterations, rank=1):
+    """A loss of the heads that is not finite on one rank, in some iterations."""
+
+    def heads_loss(state, world, recipe, b, real, fake):
+        loss, metrics = ladd.heads_loss(state, world, recipe, b, real, fake)
+        poison = ladd.rank() == rank and b.iteration in iterations
+        return loss * (float("nan") if poison else 1.0), metrics
+
+    return heads_loss, ladd.student_loss
+
+
+def how_it_ends(run, world=None, **options):
+    """Train; how it ended, in words."""
+    try:
+        train(run, world, **options)
+    except ladd.UserError as error:
+        return str(error)
+    return "well"
+
+
+def trouble(rank, folder):
+    """Trouble on rank 1 alone: what becomes of it on this rank."""
+    found = {}
+    recipe = tiny.make_recipe(**FIELDS)
+    world = tiny.World(recipe)
+    state = tiny.make_state(world, recipe)
+    steps = tiny.run_steps(state, world, recipe, range(4), losses=not_finite({2}))
+    found["skipped"] = [metrics["skipped"] for metrics in steps]
+    found["finite"] = all(v.isfinite().all() for v in tiny.everything(state).values())
+    found["diverged"] = how_it_ends(folder / "diverged", losses=not_finite({3, 4, 5}))
+    world = tiny.World(RECIPE)
+    world.collapse = ["all alike"] * rank
+    options = {"evaluate_every": 3, "stop_on_collapse": True}
+    found["collapsed"] = how_it_ends(folder / "collapsed", world, **options)
+    return found
+
+
+def test_trouble_on_one_rank_is_trouble_on_both(tmp_path):
+    for found in on_ranks(2, tmp_path, trouble):
+        assert found["skipped"] == [0, 0, 1, 0] and found["finite"]
+        assert "iteration 5: three non-finite gradients" in found["diverged"]
+        assert "collapsed at iteration 3" in found["collapsed"]
+
+
+def some_iterations(rank, folder):
+    """Resume the run and train it up to 2 iterations further."""
+    done = max(map(ladd.step_of, ladd.checkpoints(folder / "run")), default=0)
+    recipe = tiny.make_recipe(**{**FIELDS, "iterations": done + 2})
+    state = train(folder / "run", recipe=recipe, resume=True, evaluate_every=1)
+    return tiny.everything(state)
+
+
+def test_a_run_goes_from_2_ranks_to_1_and_to_3(tmp_path):
+    two = on_ranks(2, tmp_path, some_iterations)
+    assert tiny.same(*two)
+    alone = some_iterations(0, tmp_path)
+    assert alone.keys() == two[0].keys() and not tiny.same(alone, two[0])
+    three = on_ranks(3, tmp_path, some_iterations)
+    assert tiny.same(three[0], three[1]) and tiny.same(three[1], three[2])
+    train(tmp_path / "alone", recipe=tiny.make_recipe(**FIELDS), evaluate_every=1)
+    log, expected = log_of(tmp_path / "run"), log_of(tmp_path / "alone")
+    training = [[line for line in lines if "heads_loss" in line] for lines in (log, expected)]
+    assert [line["iteration"] for line in training[0]] == [1, 2, 3, 4, 5, 6]
+    for line, other in zip(*training, strict=True):
+        for name in {"heads_loss", "student_loss", "heads_grad_norm"} & {*line, *other}:
+            assert line[name] == pytest.approx(other[name], rel=1e-3), name
+
+
+def test_torchrun_starts_the_ranks(tmp_path):
+    """The command line itself, on two ranks; one of them is refused nothing that the other is."""
+    words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", __file__]
+    words += [str(tmp_path), "--name=run"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("iteration 4 ") == 1  # printed by rank 0 alone
+    assert len(log_of(tmp_path / "run")) == 5
+    assert (tmp_path / "run/student.safetensors").exists()
+
+
+# ---- worlds of one's own -------------------------------------------------------------------------
+
+# Points on a ring: no condition, no maps, no pictures. The teacher is a small MLP.
+OWN_WORLD = """
+import math
+import torch
+from torch import nn
+import ladd
+
+
+class Teacher(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(3, 32), nn.SiLU())
+        self.second = nn.Sequential(nn.Linear(32, 32), nn.SiLU())
+        self.out = nn.Linear(32, 2)
+
+    def forward(self, x_t, t, cond):
+        return self.out(self.second(self.first(torch.cat([x_t, t[:, None]], 1))))
+
+
+def ring(n):
+    angle = 2 * math.pi * torch.rand(n)
+    return torch.stack([angle.cos(), angle.sin()], 1)
+
+
+class Ring(ladd.World):
+    def batch(self, start, count):
+        index, _ = ladd.reader_indices(len(x0), start, count, self.recipe.seed)
+        return x0[index], None, noise[index], x0[index]
+
+    def evaluate(self, student, run, step):
+        x = ladd.sample_student(student, self.recipe, noise[:100], torch.zeros(100, 0), 2)
+        radius = float(x.norm(dim=1).mean())
+        return {"radius": radius, "score": abs(radius - 1)}
+
+
+torch.manual_seed(0)
+teacher = Teacher()
+opt = torch.optim.Adam(teacher.parameters(), 3e-3)
+for _ in range(300):
+    x, eps, t = ring(128), torch.randn(128, 2), torch.rand(128)
+    v = teacher(ladd.interpolate(x, eps, t), t, None)
+    (v - (eps - x)).square().mean().backward()
+    opt.step()
+    opt.zero_grad()
+teacher.requires_grad_(False)
+noise = torch.randn(500, 2)
+x0 = ladd.sample_euler(teacher, noise, [1 - k / 20 for k in range(20)], None)
+
+recipe = ladd.Recipe(
+    iterations=20, batch=32, taps=("first", "second"), head_width=16, loss="relativistic",
+    paired_share=0.5, distill_weight=1.0, distill_fresh=4, backward_simulation=True,
+)
+options = ladd.Options(evaluate_every=10, log_every=5)
+state = ladd.train(Ring(teacher, recipe), recipe, "runs/ring", options)
+"""
+
+
+def assert_ring(run):
+    radius = [line["radius"] for line in log_of(run) if "radius" in line]
+    assert len(radius) == 1 and 0 < radius[0] < 2
+    assert ladd.newest_checkpoint(run).name == "step-0000020"
+    best, about = ladd.load_weights(run / "best.safetensors", "student")
+    assert best["out.weight"].shape == (2, 32) and not (run / "student.safetensors").exists()
+
+
+def test_a_world_of_ones_own_trains_from_a_script_in_another_folder(tmp_path):
+    (tmp_path / "own.py").write_text(OWN_WORLD)
+    assert len(OWN_WORLD.splitlines()) <= 60
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "own.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert "iteration 20 of 20" in done.stdout
+    assert_ring(tmp_path / "runs/ring")
+
+
+def notebook(folder):
+    """Cells in a thread, beside the caller's own signal handlers and pictures."""
+    import matplotlib
+
+    os.chdir(folder)
+    matplotlib.use("svg")
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    code = compile(OWN_WORLD, "<cell>", "exec")
+    ends = []
+
+    def cells():
+        exec(code, {"__name__": "__main__"})
+        ends.append(command(folder, "--name=run"))
+        importlib.import_module("toy_mnist.world")
+
+    thread = threading.Thread(target=cells)
+    thread.start()
+    thread.join()
+    assert ends == [0] and matplotlib.get_backend() == "svg"
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_world_of_ones_own_trains_in_a_notebook_and_in_a_thread(tmp_path):
+    code, printed = Child(tmp_path / "log", notebook, tmp_path).ended()
+    assert code == 0, printed
+    assert_ring(tmp_path / "runs/ring")
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [({"taps": ()}, "taps = "), ({"taps": ("fourth",)}, "'fourth' is no module")],
+    ids=str,
+)
+def test_a_recipe_that_a_world_cannot_follow_is_refused_before_a_folder_is_made(
+    tmp_path, changes, words
+):
+    with pytest.raises(ladd.UserError, match=words):
+        train(tmp_path / "run", recipe=tiny.make_recipe(**changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_stored_noise_that_is_not_there_is_refused(tmp_path):
+    recipe = tiny.make_recipe(paired_share=0.5)
+    world = tiny.World(recipe)
+    world.noise = None
+    with pytest.raises(ladd.UserError, match="paired_share.* stores no noise"):
+        train(tmp_path / "run", world, recipe)
+    assert not (tmp_path / "run").exists()
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+BAD = {
+    "unknown option": ("--nonsense=1", "--nonsense"),
+    "an abbreviation": ("--iter=3", "--iter"),
+    "a word too many": ("again", "again"),
+    "no value": ("--batch", "batch"),
+    "not a number": ("--head-lr=fast", "head_lr = 'fast'"),
+    "not a whole number": ("--gen-every=1.5", "gen_every = '1.5'"),
+    "not a number of the world's": ("--data=many", "--data"),
+    "nan": ("--student-lr=nan", "student_lr = nan"),
+    "infinite": ("--clip=inf", "clip = inf"),
+    "negative": ("--adv-weight=-1", "adv_weight = -1"),
+    "not a choice": ("--loss=best", "hinge"),
+    "not a flag's value": ("--share-noise=perhaps", "share_noise"),
+    "a probability too few": ("--time-probs=0.5,0.5", "time_probs"),
+    "probabilities that miss 1": ("--warmup-probs=0.5,0.1,0.1,0.1", "warmup_probs"),
+    "rising times": ("--times=0.25,0.5,0.75,1", "times = "),
+    "a head's width": ("--head-width=12", "head_width = 12"),
+    "an unknown tap": ("--taps=first,fourth", "fourth"),
+    "no sample": ("--batch=0", "batch = 0"),
+    "one sample": ("--batch=1", "at least two samples"),
+    "no divisor": ("--micro-batch=5", "--micro-batch 5"),
+    "a negative part": ("--micro-batch=-4", "micro_batch = -4"),
+    "no checkpoint": ("--keep=0", "keep = 0"),
+    "no interval": ("--log-every=0", "log_every = 0"),
+    "an unknown recipe": ("--recipe=best", "tiny, other"),
+    "an unknown device": ("--device=abacus", "--device abacus"),
+    "a folder in the name": ("--name=a/b", "--name a/b"),
+    "no name to resume": ("--resume", "--name"),
+}
+
+
+@pytest.mark.parametrize("word, words", BAD.values(), ids=BAD)
+@pytest.mark.parametrize("named", [False, True], ids=["numbered", "named"])
+def test_bad_input_is_one_line_and_no_run(tmp_path, capsys, word, words, named):
+    name = ["--name=run"] * (named and "name" not in words)
+    if "--resume" in word:
+        name = []
+    assert command(tmp_path, *name, word) == 2
+    error = capsys.readouterr().err
+    assert words in complaint(error) and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size, batch", [(5, 12), (12, 12)], ids=["not divisible", "one each"])
+def test_a_batch_that_the_ranks_do_not_share_is_refused(tmp_path, monkeypatch, size, batch):
+    monkeypatch.setattr(ladd, "world_size", lambda: size)
+    with pytest.raises(ladd.UserError, match=f"batch = {batch}.*multiple of the ranks"):
+        train(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_by_name_by_file_and_by_field(tmp_path, never_killed):
+    file = never_killed / "config.json"
+    assert command(tmp_path, "--name=a", "--recipe=other", "--times=1,0.5,0.25,0.1") == 0
+    assert command(tmp_path, "--name=b", f"--recipe={file}", "--iterations=2") == 0
+    a, b = (json.loads((tmp_path / n / "config.json").read_text())["recipe"] for n in "ab")
+    assert a["batch"] == 4 and a["times"] == [1.0, 0.5, 0.25, 0.1]
+    assert b == {**json.loads(file.read_text())["recipe"], "iterations": 2}
+
+
+def test_help_lists_every_option(capsys):
+    with pytest.raises(SystemExit) as end:
+        command("runs", "--help")
+    printed = capsys.readouterr().out
+    assert end.value.code == 0
+    for cls in (ladd.Recipe, ladd.Options):
+        for name in cls.__dataclass_fields__:
+            assert f"--{name.replace('_', '-')} " in printed
+    for name in ("--name", "--out", "--sample", "--steps", "--recipe", "--device", "--data"):
+        assert name in printed
+
+
+def test_a_job_into_a_pipe_prints_lines_and_needs_no_stderr(tmp_path):
+    program = f"{sys.executable} {__file__} '~/my runs' --name=run 2>&-"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+    done = subprocess.run(program, shell=True, cwd=tmp_path, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stdout
+    assert b"\r" not in done.stdout and done.stdout.count(b"\niteration ") == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["my runs"]
+    assert (tmp_path / "my runs/run/student.safetensors").exists()
+
+
+def test_the_file_as_a_program_prints_one_line(tmp_path):
+    """Without the current folder among the places that Python imports from."""
+    words = [str(ROOT / "ladd.py"), "--toy", "--weights=nowhere", "--out=~/x"]
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", "HOME": str(tmp_path)}
+    command = [sys.executable, *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "nowhere" in complaint(done.stderr)
+    assert not list(tmp_path.rglob("config.json"))
+
+
+if __name__ == "__main__":
+    sys.exit(command(*sys.argv[1:]))
