@@ -874,7 +874,8 @@ def open_run(world, recipe, run, resume):
         lock.release()
         if rank() == 0 and not (run / "config.json").exists():  # it could not start
             (run / ".lock").unlink(missing_ok=True)
-            run.rmdir()
+            with contextlib.suppress(OSError):
+                run.rmdir()  # if nothing else is in it
 
 
 def read_config(path):
