@@ -4,6 +4,7 @@ Nothing here has been proven at full scale: see docs/zimage.md.
 """
 
 import dataclasses
+import sys
 import textwrap
 
 import torch
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 
 import ladd
 from ladd import UserError, check, field, print0
-from zimage import adapter, fsdp, lora
+from zimage import adapter, fsdp, lora, plan
 from zimage.data import Latents
 
 GRID = 8  # prompts of the grids
@@ -58,10 +59,14 @@ def add_arguments(group):
     add("--no-checkpointing", action="store_true", help=text)
     text = "torch.compile the blocks of student and teacher"
     add("--compile", action="store_true", help=text)
+    plan.add_arguments(group)
 
 
 def make_world(recipe, options, device):
-    other = f"python -m zimage.sample {options.run} --steps {options.steps}"
+    if options.plan:
+        print0(plan.plan(recipe, options))
+        sys.exit()
+    other = f"python -m zimage.sample {options.run} --steps {options.steps or 4}"
     check(not options.sample, f"--sample: for Z-Image it is {other}")
     if options.compile:
         try:

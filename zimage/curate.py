@@ -1,0 +1,199 @@
+"""Prompts for Z-Image's training: written by a grammar of our own, or a user's own files cleaned.
+
+    python -m zimage.curate --write 10000 --out train.txt     and train-heldout.txt beside it
+    python -m zimage.curate mine.csv more.jsonl --out train.txt
+
+Duplicates, near-duplicates, control characters and over-long prompts go; OUT.dropped.tsv says which
+and why. The same command writes the same files.
+"""
+
+import csv
+import io
+import json
+import math
+import random
+import re
+import sys
+import tomllib
+import unicodedata
+import zlib
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import ladd
+from ladd import UserError, check
+
+GRAMMAR = Path(__file__).parent / "prompts" / "grammar.toml"
+COLUMNS = "prompt", "caption", "text"  # the first of these that a table has
+LIMIT = 512 - 16  # tokens that the text encoder reads, less those of the chat template
+NO_TEXT = "Cc", "Cs", "Co", "Cn"  # control, halves of characters, private, unassigned
+ALIKE = 0.7  # share of `features` in common from which two prompts are one
+HELD_OUT = 8  # one in so many pairs of subject and setting is held out
+
+
+def is_held_out(subject, setting):
+    """To which file a pair belongs depends on the pair alone: no two runs can mix them up."""
+    return zlib.crc32(f"{subject}|{setting}".encode()) % HELD_OUT == 0
+
+
+def write_prompt(grammar, rng):
+    """A random prompt of the grammar, and its pair of subject and setting."""
+    kinds = grammar["kinds"]
+    kind = rng.choices(list(kinds.values()), [k["weight"] for k in kinds.values()])[0]
+    lists, chosen = {**grammar["shared"], **kind}, defaultdict(list)
+
+    def entry(found):
+        name, optional = found.groups()
+        if optional and rng.random() < 0.5:
+            return ""
+        rest = [word for word in lists[name] if word not in chosen[name]]  # no word comes twice
+        chosen[name].append(rng.choice(rest))
+        return chosen[name][-1]
+
+    text = re.sub(r"\{(\w+)(\?)?\}", entry, rng.choice(kind["forms"]))
+    text = re.sub(r"\(n\)(?= (?!uni|one|eu)[aeiou])", "n", unify(text)).replace("(n)", "")
+    return text[0].upper() + text[1:], (chosen["subject"][0], chosen["setting"][0])
+
+
+def write(count, held_out, seed):
+    """(training prompts, held-out prompts) of these numbers, all unlike, no pair in both."""
+    grammar = tomllib.loads(GRAMMAR.read_text(encoding="utf-8"))
+    rng = random.Random(f"{seed} curate")  # a text seeds it alike on every machine
+    wanted = {"held out": held_out, "training": count}
+    drawn = {side: [] for side in wanted}
+    while any(len(drawn[side]) < 1.3 * wanted[side] for side in wanted):  # some will go again
+        text, pair = write_prompt(grammar, rng)
+        drawn["held out" if is_held_out(*pair) else "training"].append(text)
+    texts = [(side, text) for side in wanted for text in drawn[side][: int(1.3 * wanted[side])]]
+    kept, _ = clean(texts)
+    found = [[text for s, text in kept if s == side][: wanted[side]] for side in wanted]
+    enough = [len(texts) for texts in found] == list(wanted.values())
+    check(enough, f"--write {count}: the grammar has fewer that differ enough; ask for fewer")
+    return found[1], found[0]
+
+
+def unify(text):
+    """One line in Unicode's composed form, with single blanks."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def count_tokens(text):
+    """About how many tokens, rather too many: four letters each, other characters one each."""
+    return sum(math.ceil(len(piece) / 4) for piece in re.findall(r"[a-zA-Z]+|\S", text))
+
+
+def features(text):
+    """Its pairs of neighbouring words, ends included; a Chinese or Japanese sign is a word. So one
+    word changed in 11 makes near-duplicates, and two that change places in 15 do not."""
+    words = re.findall(r"[\u3040-\u30ff\u4e00-\u9fff]|[^\W_]+", text.casefold()) or list(text)
+    return set(zip(["", *words], [*words, ""], strict=True))
+
+
+def clean(texts):
+    """Unify prompts, and drop what is no use. texts: [(place, text or None)].
+
+    Returns kept [(place, text)] and dropped [(place, why, text)], in their order. Of two that are
+    alike the first stays. Alike: the intersection of their `features` is ALIKE of the union. Then
+    they share one of their rarest features (all but ALIKE of each): only such pairs are compared.
+    """
+    kept, dropped, seen = [], [], {}
+    sets = [features(unify(text or "")) for _, text in texts]
+    often = Counter(feature for some in sets for feature in some)
+    index = defaultdict(list)  # of a feature: the kept prompts that have it among their rarest
+    for k, (place, text) in enumerate(texts):
+        plain, found = unify(text or ""), sets[k]
+        rare = sorted(found, key=lambda feature: (often[feature], feature))
+        rare = rare[: len(rare) - math.ceil(ALIKE * len(rare)) + 1]
+        twins = dict.fromkeys(j for feature in rare for j in index[feature])
+        alike = (j for j in twins if len(found & sets[j]) >= ALIKE * len(found | sets[j]))
+        if not plain:
+            why = "no prompt"
+        elif any(unicodedata.category(c) in NO_TEXT for c in plain):
+            why = "control characters"
+        elif count_tokens(plain) > LIMIT:
+            why = "too long"
+        elif plain in seen:
+            why = f"the same as {seen[plain]}"
+        elif (twin := next(alike, None)) is not None:
+            why = f"nearly the same as {texts[twin][0]}"
+        else:
+            why = None
+            kept.append((place, plain))
+            seen[plain] = place
+            for feature in rare:
+                index[feature].append(k)
+        if why:
+            dropped.append((place, why, text))
+    return kept, dropped
+
+
+def read(path):
+    """The prompts of a file: [(place, text, or None where there is none)]. UserError where it can't
+    be read."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from error
+    kind = Path(path).suffix.lower()
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if kind in (".csv", ".tsv"):
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=",\t"[kind == ".tsv"])
+        column = next((c for c in COLUMNS if c in (rows.fieldnames or [])), None)
+        check(column, f"{path}: its first line names no column {' or '.join(COLUMNS)}")
+        lines = [(rows.line_num, row[column]) for row in rows]
+    elif kind == ".jsonl":
+        lines = [(number, from_json(line)) for number, line in lines]
+    else:
+        check(kind == ".txt", f"{path}: give a .txt, .jsonl, .csv or .tsv file")
+    return [(f"{path}:{number}", text) for number, text in lines]
+
+
+def from_json(line):
+    """The prompt of an object, or None."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    texts = [row.get(c) for c in COLUMNS] if isinstance(row, dict) else []
+    return next((text for text in texts if isinstance(text, str)), None)
+
+
+def main(argv=None):
+    parser = ladd.Parser("python -m zimage.curate", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("files", nargs="*", metavar="FILE", help=f".txt; .jsonl, .csv or .tsv with {COLUMNS[0]}")
+    add("--write", type=int, default=0, metavar="N", help="write so many prompts, from no file")
+    add("--held-out", type=int, default=1000, metavar="N", help="and so many held-out ones (1000)")
+    add("--seed", type=int, default=0, help="of --write (0)")
+    add("--out", required=True, type=Path, metavar="FILE", help="a new .txt, one prompt per line")
+    options = parser.parse_args(argv)
+    out = options.out
+    beside = out.with_name(f"{out.stem}-heldout.txt")
+    ok = out.suffix == ".txt" and not out.exists() and not (options.write and beside.exists())
+    check(ok, f"--out {out}: give a .txt file that does not exist yet")
+    check(bool(options.files) != (options.write > 0), "give files to clean, or --write N")
+    if options.write:
+        train, held_out = write(options.write, options.held_out, options.seed)
+        save(out, train)
+        return save(beside, held_out)
+    kept, dropped = clean([each for path in options.files for each in read(path)])
+    check(kept, f"{options.files[0]}: no prompt is left of {len(dropped)}: {dropped[:1]}")
+    save(out, [text for _, text in kept])
+    report = out.with_suffix(".dropped.tsv")
+    settings = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+    with ladd.replacing(report) as part, open(part, "w", **settings) as f:
+        csv.writer(f, "excel-tab").writerows([("place", "why", "prompt"), *dropped])
+    for why, n in Counter(why.split(" as ")[0] for _, why, _ in dropped).most_common():
+        print(f"{n:,} dropped: {why}")
+    print(f"{report} names each")
+
+
+def save(path, prompts):
+    with ladd.replacing(path) as part:
+        part.write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
+    print(f"{path}: {len(prompts):,} prompts")
+
+
+if __name__ == "__main__":
+    sys.exit(ladd.run_command_line(main))
