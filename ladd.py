@@ -339,6 +339,10 @@ class Recipe:
         for name, step in {"iterations": 1, "batch": 1, "gen_every": 1, "head_width": 8}.items():
             value = getattr(self, name)
             check(value > 0 and value % step == 0, f"{name} = {value}: give a multiple of {step}")
+        for name in ("beta1", "beta2"):
+            check(getattr(self, name) < 1, f"{name} = {getattr(self, name)}: give less than 1")
+        check(self.paired_share <= 1, f"paired_share = {self.paired_share}: give at most 1")
+        check(self.ema_ramp > 0, f"ema_ramp = {self.ema_ramp}: give more than 0")
         ready = self.distill_weight and self.backward_simulation and len(times) > 1
         needs = "it needs distill_weight, backward_simulation and a second time"
         check(ready or not self.distill_fresh, f"distill_fresh = {self.distill_fresh}: {needs}")
@@ -582,7 +586,7 @@ def clip_and_step(state, recipe, i):
     if finite and "student" in parts:
         state.ema.update(state.student, (i + 1) * recipe.batch, recipe.gen_every * recipe.batch)
     state.skipped = 0 if finite else state.skipped + 1
-    way_out = "lower student_lr or head_lr, and --resume"
+    way_out = "start a new run with a lower student_lr or head_lr"
     check(state.skipped < 3, f"iteration {i}: three non-finite gradients in a row: {way_out}")
     return {**norms, "skipped": float(not finite)}
 
@@ -713,6 +717,8 @@ class State:
             self.student = world.make_student()
             with torch.no_grad():
                 maps = world.features(b.x0, torch.full_like(b.t, 0.5), b.cond)
+            for m in maps:
+                check(m.ndim == 4, f"taps: one gives {list(m.shape)}, not a map [B, C, H, W]")
             shapes = [m.shape[1] for m in maps], [m.shape[2:] for m in maps]
             cond_dim = world.head_cond(b.cond).shape[1]
             self.heads = Heads(*shapes, cond_dim, recipe.head_width, recipe.heads_see_t).to(device)
@@ -865,14 +871,15 @@ def open_run(world, recipe, run, resume):
         for part in run.glob(".*.part"):  # of a process that was killed
             shutil.rmtree(part) if part.is_dir() else part.unlink()
 
-    on_rank0(claim)
-    words = ", ".join(f"{k} = {new} (not {old})" for k, (old, new) in config["diff"].items())
-    print0(f"run {run}; from the reference recipe differs: {words or 'nothing'}")
     try:
+        on_rank0(claim)
+        words = ", ".join(f"{k} = {new} (not {old})" for k, (old, new) in config["diff"].items())
+        print0(f"run {run}; from the reference recipe differs: {words or 'nothing'}")
         yield config
     finally:
+        claimed = lock.is_locked  # on rank 0, unless another process has it
         lock.release()
-        if rank() == 0 and not (run / "config.json").exists():  # it could not start
+        if claimed and not (run / "config.json").exists():  # it could not start
             (run / ".lock").unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 run.rmdir()  # if nothing else is in it
@@ -1007,7 +1014,7 @@ def save_weights(path, tensors, about):
     """Write tensors as safetensors; `about`, a dict with a "kind", goes into the file's header."""
     from safetensors.torch import save_file
 
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}  # untied
     with replacing(path) as part:
         save_file(tensors, part, {"about": json.dumps(about)})
 
@@ -1034,7 +1041,7 @@ def load_weights(path, kind):
 
 def checkpoints(run):
     """The checkpoints of a run, the oldest first."""
-    return sorted((Path(run) / "checkpoints").glob("step-*"))
+    return sorted((Path(run) / "checkpoints").glob("step-" + "[0-9]" * 7))
 
 
 def step_of(checkpoint):
@@ -1055,7 +1062,8 @@ def save_checkpoint(run, step, state_dict, keep=2):
     import torch.distributed.checkpoint as dcp
 
     path = Path(run) / "checkpoints" / f"step-{step:07d}"
-    on_rank0(lambda: shutil.rmtree(path, ignore_errors=True))  # it may be there, cut off
+    later = [p for p in checkpoints(run) if step_of(p) >= step]  # cut off, or it would go on there
+    on_rank0(lambda: [shutil.rmtree(p) for p in later])
     dcp.save(state_dict, checkpoint_id=path, no_dist=not dist.is_initialized())
     for old in checkpoints(run)[:-keep] if rank() == 0 else []:
         shutil.rmtree(old)
@@ -1191,10 +1199,11 @@ def run_folder(options):
 
 def numbered_folder(out):
     """Make the next free folder out/001, out/002, ... Of two starts at once, each gets its own."""
+    out.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:
         with contextlib.suppress(FileExistsError):
-            (out / f"{number:03d}").mkdir(parents=True)
+            (out / f"{number:03d}").mkdir()
             return out / f"{number:03d}"
         number += 1
 

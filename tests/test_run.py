@@ -842,3 +842,23 @@ def test_the_file_as_a_program_prints_one_line(tmp_path):
 
 if __name__ == "__main__":
     sys.exit(command(*sys.argv[1:]))
+
+
+def test_only_complete_checkpoints_count_when_old_ones_go(tmp_path):
+    (tmp_path / "checkpoints" / "step-0000006").mkdir(parents=True)  # cut off by a kill
+    for step in (2, 3):
+        ladd.save_checkpoint(tmp_path, step, {"x": torch.ones(1)}, keep=1)
+        assert ladd.newest_checkpoint(tmp_path).name == f"step-{step:07d}"
+    assert len(ladd.checkpoints(tmp_path)) == 1
+
+
+def test_an_out_folder_that_leads_nowhere_ends_at_once(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(FileExistsError):
+        ladd.numbered_folder(tmp_path / "link")
+
+
+@pytest.mark.parametrize("name, value", {"beta1": 1, "paired_share": 2, "ema_ramp": 0}.items())
+def test_a_recipe_refuses_what_would_fail_later(name, value):
+    with pytest.raises(ladd.UserError, match=f"{name} = "):
+        ladd.Recipe(**{name: value})

@@ -91,6 +91,7 @@ def frechet(a, b):
 
     def moments(f):
         f = np.asarray(f, np.float64)
+        ladd.check(np.isfinite(f).all(), "samples are not finite: lower student_lr in a new run")
         return f.mean(0), np.cov(f, rowvar=False)
 
     return float(frechet_distance(*moments(a), *moments(b)))
