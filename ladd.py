@@ -19,6 +19,7 @@ import copy
 import dataclasses
 import hashlib
 import importlib
+import itertools
 import json
 import math
 import os
@@ -34,8 +35,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP, of one process
@@ -59,9 +65,7 @@ def check(ok, message):
 def expand(t, like):
     """t [B] -> [B, 1, ..., 1], to broadcast over like [B, ...]. ValueError on another shape."""
     if t.shape != like.shape[:1]:
-        raise ValueError(
-            f"t must have shape [{len(like)}], one time per sample, not {list(t.shape)}"
-        )
+        raise ValueError(f"t has shape {list(t.shape)}; it must be [{len(like)}]")
     return t.reshape(-1, *[1] * (like.ndim - 1))
 
 
@@ -76,29 +80,25 @@ def velocity_to_x0(x_t, v, t):
     return x_t - expand(t, x_t) * v
 
 
-def logit_normal(z, mean, std):
-    """t = sigmoid(mean + std z) for standard normal z (SD3, arXiv 2403.03206, section 3.1)."""
-    return torch.sigmoid(mean + std * z)
-
-
 def guided(velocity, null_cond, w, interval=(0.0, 1.0)):
-    """Classifier-free guidance (arXiv 2207.12598) as a velocity: neg + w (pos - neg), two passes.
+    """Classifier-free guidance (arXiv 2207.12598) as a velocity: neg + w (pos - neg).
 
-    null_cond(cond) is the condition that stands for none. One conditional pass is made where w = 1,
-    and at t outside the interval (arXiv 2404.07724). All t of one call must be equal.
+    null_cond(cond) is the condition that stands for none. Guidance holds for t in the interval
+    (arXiv 2404.07724). Where it holds for no sample, or w = 1, one pass is made instead of two.
     """
+    low, high = interval[0] - 1e-6, interval[1] + 1e-6  # t is float32
 
     def guided_velocity(x_t, t, cond):
-        pos = velocity(x_t, t, cond)
-        if w == 1 or not interval[0] - 1e-6 <= float(t[0]) <= interval[1] + 1e-6:  # t is float32
+        pos, inside = velocity(x_t, t, cond), (t >= low) & (t <= high)
+        if w == 1 or not inside.any():
             return pos
         neg = velocity(x_t, t, null_cond(cond))
-        return neg + w * (pos - neg)
+        return torch.where(expand(inside, pos), neg + w * (pos - neg), pos)
 
     return guided_velocity
 
 
-# ---- 2. Samplers: N times are N evaluations, and the last step leaves no noise -------------------
+# ---- 2. Sampling: N times are N evaluations, and the last step leaves no noise -------------------
 
 
 @torch.no_grad()
@@ -119,6 +119,26 @@ def sample_euler(velocity, noise, times, cond, renoise=None):
     return x
 
 
+def step_times(times, n):
+    """The n times of an n-step sampler, spread evenly over the student's: 2 of 4 are [1, 0.5]."""
+    check(1 <= n <= len(times), f"--steps {n}: give 1 to {len(times)}, the student's own steps")
+    return [times[k * len(times) // n] for k in range(n)]
+
+
+def sample_student(velocity, recipe, noise, cond, steps, index=None):
+    """Sample a student in so many steps, by its recipe's sampler. noise [B, ...] -> x0 [B, ...].
+
+    index: B integers that key each sample's fresh noise where it is re-noised (default 0 .. B - 1).
+    """
+    index = range(len(noise)) if index is None else index
+
+    def renoise(k):
+        return keyed_noise(index, noise.shape[1:], recipe.seed, "re-noise", k)
+
+    fresh = renoise if recipe.sampler == "renoise" else None
+    return sample_euler(velocity, noise, step_times(recipe.times, steps), cond, fresh)
+
+
 # ---- 3. Taps: read a network's inner features without touching its code --------------------------
 
 
@@ -133,8 +153,10 @@ def tapped(root, names, forward, early_exit=True):
     output counts where a module runs twice. Hooks are removed whatever happens. UserError names a
     module that does not exist or does not run.
     """
+    modules, outputs = dict(root.named_modules()), {}
     check(names, "taps = (): name the modules of the teacher that the heads read")
-    modules, outputs, handles = dict(root.named_modules()), {}, []
+    for name in names:
+        check(name in modules, f"taps: {name!r} is no module of the teacher")
 
     def hook_for(name):
         def hook(module, inputs, output):
@@ -144,10 +166,8 @@ def tapped(root, names, forward, early_exit=True):
 
         return hook
 
+    handles = [modules[name].register_forward_hook(hook_for(name)) for name in names]
     try:
-        for name in names:
-            check(name in modules, f"taps: {name!r} is no module of the teacher")
-            handles.append(modules[name].register_forward_hook(hook_for(name)))
         with contextlib.suppress(LastTap):
             forward()
     finally:
@@ -167,42 +187,28 @@ def fourier(t, n=32):
     return torch.cat([phase.cos(), phase.sin()], dim=1)
 
 
-def group_norm(channels, places, affine):
-    """GroupNorm, at most 8 groups, each of 8 values or more.
-
-    A group of one value is normalised to 0 whatever it holds: the head behind it would be blind.
-    """
-    check(
-        channels * places >= 8, f"taps: a map of {channels * places} values is too small for a head"
-    )
-    groups = math.gcd(8, channels)
-    while channels // groups * places < 8:
-        groups //= 2
-    return nn.GroupNorm(groups, channels, affine=affine)
-
-
 class Head(nn.Module):
     """A feature map [B, C, H, W] and an embedding [B, E] -> one logit per patch [B, h, w].
 
-    size: (H, W). A map with a side over 8 is halved.
+    Maps differ in scale by orders of magnitude, so constants standardise each channel. There is no
+    normalisation layer: it weakens a discriminator (R3GAN, arXiv 2501.05441), and over a small map
+    it would blind it. A map with a side over 8 is halved.
     """
 
     def __init__(self, channels, size, width, emb):
         super().__init__()
-        stride = 2 if max(size) > 8 else 1
-        places = math.prod(math.ceil(side / stride) for side in size)
-        self.norm0 = group_norm(channels, math.prod(size), affine=True)  # maps differ much in scale
-        self.conv1 = nn.Conv2d(channels, width, 3, stride, padding=1)
-        self.norm1 = group_norm(width, places, affine=False)
+        self.register_buffer("mean", torch.zeros(channels, 1, 1))
+        self.register_buffer("std", torch.ones(channels, 1, 1))
+        self.conv1 = nn.Conv2d(channels, width, 3, stride=2 if max(size) > 8 else 1, padding=1)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        self.norm2 = group_norm(width, places, affine=False)
         self.film = nn.Linear(emb, 4 * width)
         self.out = nn.Conv2d(width, 1, 1)
 
     def forward(self, f, emb):
         scale1, shift1, scale2, shift2 = self.film(emb)[:, :, None, None].chunk(4, dim=1)
-        h = F.silu(self.norm1(self.conv1(self.norm0(f))) * (1 + scale1) + shift1)
-        h = F.silu(self.norm2(self.conv2(h)) * (1 + scale2) + shift2)  # [B, width, h, w]
+        h = self.conv1((f - self.mean) / self.std)  # [B, width, h, w]
+        h = F.leaky_relu(h * (1 + scale1) + shift1, 0.2)
+        h = F.leaky_relu(h + self.conv2(h) * (1 + scale2) + shift2, 0.2)
         return self.out(h)[:, 0]
 
 
@@ -211,24 +217,39 @@ class Heads(nn.Module):
 
     DEPARTURE: with see_t the heads are conditioned on the student's own t too.
     channels, sizes: C and (H, W) of each tap. cond_dim: D, the length of a condition vector.
+    dtype: what the heads compute in; their weights are float32. head: makes one head.
     """
 
-    def __init__(self, channels, sizes, cond_dim, width=64, see_t=False):
+    def __init__(self, channels, sizes, cond_dim, width=64, see_t=False, dtype=None, head=Head):
         super().__init__()
-        self.see_t, told, emb = see_t, 64 * (1 + see_t) + cond_dim, 2 * width
-        layers = [
-            (nn.Linear(told, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU()) for _ in channels
-        ]
-        self.embed = nn.ModuleList(nn.Sequential(*each) for each in layers)
-        self.heads = nn.ModuleList(
-            Head(c, size, width, emb) for c, size in zip(channels, sizes, strict=True)
+        self.see_t, self.dtype = see_t, dtype or torch.float32
+        told, emb = 64 * (1 + see_t) + cond_dim, 2 * width
+        self.embed = nn.ModuleList(
+            nn.Sequential(nn.Linear(told, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
+            for _ in channels
         )
+        self.heads = nn.ModuleList(
+            head(c, size, width, emb) for c, size in zip(channels, sizes, strict=True)
+        )
+
+    def standardise(self, maps):
+        """Measure each head's constants on the maps of real samples."""
+        for head, f in zip(self.heads, maps, strict=True):
+            head.mean.copy_(f.float().mean((0, 2, 3))[:, None, None])
+            head.std.copy_(f.float().std((0, 2, 3))[:, None, None] + 1e-3)
 
     def forward(self, maps, t_hat, cond, t):
         """maps [B, C, H, W] per tap, t_hat [B], cond [B, D], t [B] -> logits [B, h, w] per tap."""
         told = torch.cat([fourier(t_hat), cond] + [fourier(t)] * self.see_t, dim=1)
         each = zip(self.heads, self.embed, maps, strict=True)
-        return [head(f, embed(told)).float() for head, embed, f in each]
+        with autocast(t.device, self.dtype):
+            return [head(f, embed(told)).float() for head, embed, f in each]
+
+
+def autocast(device, dtype):
+    """bfloat16 where dtype says so. No weight cache: it could outlive an optimizer step."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16, dtype == torch.bfloat16, cache_enabled=False)
 
 
 # ---- 5. Losses: the mean over heads of the mean over samples and patches of the logits -----------
@@ -240,50 +261,32 @@ def mean_over_heads(loss, *logits):
     return torch.stack([loss(*k).mean() for k in zip(*logits, strict=True)]).mean()
 
 
-def hinge_heads(real, fake):
-    """Hinge loss of the discriminator (arXiv 1705.02894): max(0, 1 - real) + max(0, 1 + fake)."""
-    return mean_over_heads(lambda r, f: F.relu(1 - r) + F.relu(1 + f), real, fake)
-
-
-def hinge_student(real, fake):
-    return mean_over_heads(lambda f: -f, fake)
-
-
-def relativistic_heads(real, fake):
-    """Relativistic pairing loss (R3GAN, arXiv 2501.05441, eq. 2): softplus(fake - real)."""
-    return mean_over_heads(lambda r, f: F.softplus(f - r), real, fake)
-
-
-def relativistic_student(real, fake):
-    return mean_over_heads(lambda r, f: F.softplus(r - f), real, fake)
-
-
-LOSSES = {
-    "hinge": (hinge_heads, hinge_student),
-    "relativistic": (relativistic_heads, relativistic_student),
+LOSSES = {  # the heads' loss of a real and a fake logit, and the student's
+    "hinge": (lambda real, fake: F.relu(1 - real) + F.relu(1 + fake), lambda real, fake: -fake),
 }
 
 
-def r1_penalty(judge, maps):
-    """Exact R1 (arXiv 1801.04406, eq. 9) on the heads' input features of real samples. A scalar.
+def gradient_penalty(state, recipe, b, maps, logits, told, side):
+    """Approximate R1 or R2 (APT, arXiv 2501.08316), here on the heads' input features. A scalar.
 
-    judge(maps) -> logits. Per head: the gradient of the sum of its logits with respect to its map
-    [B, C, H, W], squared, summed over channels, averaged over samples and places. (To average the
-    logits first would shrink the penalty by the square of the number of patches.)
+    mean (D(f + noise) - D(f))^2, the noise of penalty_std standard deviations of each channel: the
+    teacher is not run again. told: what the heads are conditioned on. side: keys the noise.
     """
-    maps = [m.detach().float().requires_grad_() for m in maps]
-    with torch.autocast(maps[0].device.type, enabled=False):  # differentiated twice: in float32
-        sums = [logits.sum() for logits in judge(maps)]
-        grads = torch.autograd.grad(sums, maps, create_graph=True)
-    return torch.stack([g.square().sum(1).mean() for g in grads]).mean()
+    shaken = []
+    for k, (head, f) in enumerate(zip(state.heads.heads, maps, strict=True)):
+        key = (recipe.seed, b.iteration, "penalty", side, k)
+        noise = keyed_noise(b.index, f.shape[1:], *key, device=f.device)
+        shaken.append(f + recipe.penalty_std * head.std * noise)
+    return mean_over_heads(lambda d, near: (d - near).square(), logits, state.heads(shaken, *told))
 
 
 # ---- 6. The recipe -------------------------------------------------------------------------------
 
 
-def field(default, help, choices=None):
-    """A dataclass field with what it means (unit, source), which --help prints."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def field(default, help, choices=None, least=0.0, most=math.inf):
+    """A dataclass field with what it means (unit, source), and what `typed` checks."""
+    metadata = {"help": help, "choices": choices, "least": least, "most": most}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,36 +297,38 @@ class Recipe:
     fields that add to it say so. UserError where a value makes no sense.
     """
 
-    iterations: int = field(2000, "iterations; each updates the heads")
-    batch: int = field(64, "samples per iteration, over all ranks and micro-batches")
-    seed: int = field(0, "keys every random draw of the run")
+    iterations: int = field(2000, "iterations; each updates the heads", least=1)
+    batch: int = field(64, "samples per iteration, over all ranks and micro-batches", least=1)
+    seed: int = field(0, "keys every random draw of the run", most=2**63 - 1)
     times: tuple[float, ...] = field((1.0, 0.75, 0.5, 0.25), "the student's times t (LADD)")
     time_probs: tuple[float, ...] = field((0.7, 0.1, 0.1, 0.1), "probability of each time (LADD)")
     warmup_probs: tuple[float, ...] = field((0.0, 0.0, 0.5, 0.5), "during the warm-up (LADD)")
     warmup: int = field(500, "iterations that use warmup_probs (LADD: 500)")
-    renoise_mean: float = field(1.0, "m of t_hat ~ LogitNormal(m, s) (LADD: 1)")
+    renoise_mean: float = field(1.0, "m of t_hat ~ LogitNormal(m, s) (LADD: 1)", least=-math.inf)
     renoise_std: float = field(1.0, "s of t_hat ~ LogitNormal(m, s) (LADD: 1)")
     share_noise: bool = field(True, "re-noise real and fake alike (DEPARTURE: less variance)")
     student_lr: float = field(1e-4, "peak learning rate of the student")
     head_lr: float = field(1e-3, "peak learning rate of the heads")
     lr_warmup: int = field(50, "iterations over which both learning rates rise from 0")
     lr_decay: str = field("cosine", "how the student's rate falls to 0", ("none", "cosine"))
-    beta1: float = field(0.0, "first moment of both AdamW optimizers")
-    beta2: float = field(0.99, "second moment of both AdamW optimizers")
-    gen_every: int = field(1, "update the student every so many iterations, never at first")
+    beta1: float = field(0.0, "first moment of both AdamW optimizers", most=0.9999)
+    beta2: float = field(0.99, "second moment of both AdamW optimizers", most=0.9999)
+    gen_every: int = field(1, "update the student every so many iterations", least=1)
     clip: float = field(1.0, "largest gradient norm of the student, and of the heads")
     loss: str = field("hinge", "the adversarial game (LADD: hinge)", tuple(LOSSES))
     adv_weight: float = field(1.0, "weight of the adversarial loss of the student")
-    r1_weight: float = field(0.0, "weight of R1 on the heads' input features")
-    paired_share: float = field(0.0, "share of the batch that gets its sample's stored noise")
+    penalty_weight: float = field(0.0, "weight of R1 and R2 on the heads' input features")
+    penalty_std: float = field(0.1, "noise of that penalty, in standard deviations of a feature")
+    misaligned_weight: float = field(0.0, "weight of real samples under wrong conditions, +1 F")
+    anchor_weight: float = field(0.0, "weight of the error to the teacher's v at t < 1, +1 F")
+    paired_share: float = field(0.0, "share of samples that get their stored noise", most=1)
     distill_weight: float = field(0.0, "weight of the squared error to the teacher's sample")
     distill_power: float = field(0.0, "divide that error by t to this power")
-    distill_fresh: int = field(0, "teacher steps per unit of t to a target for fresh noise")
     backward_simulation: bool = field(False, "t < 1 starts from the student's own samples, +1 F")
     ema_half_life: float = field(10_000.0, "half-life of the average, in samples (0 = no average)")
-    ema_ramp: float = field(0.1, "the half-life is at most this share of the samples seen so far")
+    ema_ramp: float = field(0.1, "the half-life is at most this share of the samples so far")
     taps: tuple[str, ...] = field((), "modules of the teacher that the heads read")
-    head_width: int = field(64, "channels of the heads, a multiple of 8")
+    head_width: int = field(64, "channels of the heads", least=1, most=8192)
     heads_see_t: bool = field(False, "condition the heads on the student's t too (DEPARTURE)")
     sampler: str = field("euler", "sampler of the student", ("euler", "renoise"))
 
@@ -336,31 +341,22 @@ class Recipe:
             p = getattr(self, name)
             ok = len(p) == len(times) and abs(sum(p) - 1) < 1e-6
             check(ok, f"{name} = {p}: give one probability per time; together they are 1")
-        for name, step in {"iterations": 1, "batch": 1, "gen_every": 1, "head_width": 8}.items():
-            value = getattr(self, name)
-            check(value > 0 and value % step == 0, f"{name} = {value}: give a multiple of {step}")
-        for name in ("beta1", "beta2"):
-            check(getattr(self, name) < 1, f"{name} = {getattr(self, name)}: give less than 1")
-        check(self.paired_share <= 1, f"paired_share = {self.paired_share}: give at most 1")
-        check(self.ema_ramp > 0, f"ema_ramp = {self.ema_ramp}: give more than 0")
-        ready = self.distill_weight and self.backward_simulation and len(times) > 1
-        needs = "it needs distill_weight, backward_simulation and a second time"
-        check(ready or not self.distill_fresh, f"distill_fresh = {self.distill_fresh}: {needs}")
 
 
 # ---- 7. Draws: keyed by what they are for, made on the CPU ---------------------------------------
 # So there is no state to store, and 1, 2 or 8 ranks see the same joint batch.
 
 
-def generator(*key):
-    """A CPU generator that depends on the words and numbers of `key` alone."""
+def generator(*key, device="cpu"):
+    """A generator that depends on the words and numbers of `key` alone."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
 
 
-def keyed_noise(index, shape, *key):
+def keyed_noise(index, shape, *key, device="cpu"):
     """Unit noise [len(index), *shape]. Sample k is keyed by (*key, index[k])."""
-    return torch.stack([torch.randn(*shape, generator=generator(*key, int(k))) for k in index])
+    keyed = [generator(*key, int(k), device=device) for k in index]
+    return torch.stack([torch.randn(*shape, generator=gen, device=device) for gen in keyed])
 
 
 @dataclasses.dataclass
@@ -380,23 +376,25 @@ class Batch:
     t_real: torch.Tensor  # the same for the real side
     eps_real: torch.Tensor
     x_t: torch.Tensor | None = None  # [B, ...] the student's input, filled in by `train_step`
+    real_logits: list | None = None  # [B, h, w] per tap, filled in by `heads_loss`
 
 
 def draw(recipe, iteration, index, shape):
     """The random draws of samples `index` of an iteration's joint batch, as fields of `Batch`.
 
     Sample k's are keyed by (seed, iteration, k). Paired samples lie evenly in the joint batch.
+    t_hat = sigmoid(m + s z) for standard normal z (SD3, arXiv 2403.03206, section 3.1).
     """
     sides = 1 if recipe.share_noise else 2
     probs = recipe.warmup_probs if iteration < recipe.warmup else recipe.time_probs
-    which, normal, noise = [], [], []
+    which, z, noise = [], [], []
     for k in index.tolist():
         gen = generator(recipe.seed, iteration, k, "draw")
         which.append(torch.multinomial(torch.tensor(probs), 1, generator=gen))
-        normal.append(torch.randn(sides, generator=gen))
+        z.append(torch.randn(sides, generator=gen))
         noise.append(torch.randn(1 + sides, *shape, generator=gen))
     t = torch.tensor(recipe.times)[torch.cat(which)]  # [B]
-    t_hat = logit_normal(torch.stack(normal), recipe.renoise_mean, recipe.renoise_std)  # [B, sides]
+    t_hat = torch.sigmoid(recipe.renoise_mean + recipe.renoise_std * torch.stack(z))  # [B, sides]
     eps, eps_hat, eps_real = (torch.stack(noise)[:, k] for k in (0, 1, -1))  # [B, ...]
     paired = ((index + 1) * recipe.paired_share).floor() > (index * recipe.paired_share).floor()
     draws = {"t": t, "eps": eps, "paired": paired, "t_hat": t_hat[:, 0], "eps_hat": eps_hat}
@@ -419,45 +417,15 @@ def read_batch(world, recipe, iteration, start, count, device):
 # ---- 8. One iteration ----------------------------------------------------------------------------
 
 
-def heads_loss(state, world, recipe, b, real, fake):
-    """Loss of the heads, and metrics. real, fake: maps [B, C, H, W] per tap, without gradient."""
-    cond = world.head_cond(b.cond)
-    real_logits = state.heads(real, b.t_real, cond, b.t)
-    fake_logits = state.heads(fake, b.t_hat, cond, b.t)
-    loss = LOSSES[recipe.loss][0](real_logits, fake_logits)
-    metrics = {"heads_loss": loss, **diagnostics(recipe, real, fake, real_logits, fake_logits)}
-    if recipe.r1_weight:
-        metrics["r1"] = r1_penalty(lambda maps: state.heads(maps, b.t_real, cond, b.t), real)
-        loss = loss + recipe.r1_weight * metrics["r1"]
-    return loss, metrics
-
-
-def student_loss(state, world, recipe, b, real, fake, x0_hat):
-    """The loss of the student, and metrics. The heads are frozen meanwhile.
-
-    fake: maps [B, C, H, W] per tap, with gradient to the guess x0_hat [B, ...]. real: without.
-    """
-    cond = world.head_cond(b.cond)
-    fake_logits = state.heads(fake, b.t_hat, cond, b.t)
-    real_logits = None
-    if recipe.loss == "relativistic":  # only there does the student's side look at the real one
-        with torch.no_grad():
-            real_logits = state.heads(real, b.t_real, cond, b.t)
-    metrics = {"student_loss": LOSSES[recipe.loss][1](real_logits, fake_logits)}
-    loss = recipe.adv_weight * metrics["student_loss"]
-    if recipe.distill_weight:
-        metrics["distill_loss"] = distillation_loss(state, world, recipe, b, x0_hat)
-        loss = loss + recipe.distill_weight * metrics["distill_loss"]
-    return loss, metrics
-
-
-def train_step(state, world, recipe, i, micro_batch=None, losses=(heads_loss, student_loss)):
+def train_step(state, world, recipe, i, micro_batch=None, losses=None):
     """Iteration i: add up the gradients of all micro-batches, then step both optimizers.
 
     Heads and student share one pass of the teacher. Both gradients come from the heads as they were
     when the iteration began, so k micro-batches of n give what one of k n gives. (To step the heads
     first is the usual alternative.) Returns metrics.
+    losses: what takes the place of `heads_loss` and `student_loss`.
     """
+    loss_of_heads, loss_of_student = losses or (heads_loss, student_loss)
     student_turn = updates_student(recipe, i)
     n = recipe.batch // world_size()  # this rank's part of the joint batch
     size, metrics = micro_batch or n, {}
@@ -470,13 +438,13 @@ def train_step(state, world, recipe, i, micro_batch=None, losses=(heads_loss, st
         with torch.no_grad():
             real = world.features(interpolate(b.real, b.eps_real, b.t_real), b.t_real, b.cond)
 
-        with autocast(state.device, state.dtype):
-            loss, values = losses[0](state, world, recipe, b, real, [f.detach() for f in fake])
+        loss, values = loss_of_heads(state, world, recipe, b, real, [f.detach() for f in fake])
         (loss * size / n).backward()
         if student_turn:
-            with frozen(state.heads), autocast(state.device, state.dtype):
-                loss, more = losses[1](state, world, recipe, b, real, fake, x0_hat)
+            state.heads.requires_grad_(False)
+            loss, more = loss_of_student(state, world, recipe, b, real, fake, x0_hat)
             (loss * size / n).backward()  # through the heads and the teacher to the student
+            state.heads.requires_grad_(True)
             values = {**values, **more}
         for name, value in values.items():
             metrics[name] = metrics.get(name, 0) + value.detach() * size / n
@@ -487,8 +455,7 @@ def student_input(student, recipe, b):
     """x_t [B, ...], where the guess starts: the noised x0, or the student's own sample at t.
 
     Backward simulation (DMD2, arXiv 2405.14867, section 4.5) takes Euler steps from the noise to
-    each sample's t, as sampling does, without gradient. Where no sample needs a step, one takes it
-    for nothing: under FSDP every rank must make the same calls.
+    each sample's t, as sampling does, without gradient.
     """
     if not recipe.backward_simulation:
         return interpolate(b.x0, b.eps, b.t)
@@ -503,31 +470,83 @@ def student_input(student, recipe, b):
 
 
 def rows_of(mask):
-    """The indices at which mask [B] is true; [0] where it never is."""
+    """The indices at which mask [B] is true; [0] where it never is.
+
+    So a network is called in any case. Under FSDP every rank must make the same calls.
+    """
     return mask.nonzero()[:, 0] if mask.any() else mask.new_zeros(1, dtype=torch.long)
 
 
-def distillation_loss(state, world, recipe, b, x0_hat):
-    """DEPARTURE: squared error of the guess to the teacher's sample, where the input determines it.
+def heads_loss(state, world, recipe, b, real, fake):
+    """Loss of the heads, and metrics. real, fake: maps [B, C, H, W] per tap, without gradient."""
+    cond = world.head_cond(b.cond)
+    told_real, told_fake = (b.t_real, cond, b.t), (b.t_hat, cond, b.t)
+    real_logits, fake_logits = state.heads(real, *told_real), state.heads(fake, *told_fake)
+    b.real_logits = [r.detach() for r in real_logits]
+    loss = mean_over_heads(LOSSES[recipe.loss][0], real_logits, fake_logits)
+    metrics = {"heads_loss": loss, **diagnostics(recipe, real, fake, real_logits, fake_logits)}
+    if recipe.penalty_weight:
+        r1 = gradient_penalty(state, recipe, b, real, real_logits, told_real, "real")
+        r2 = gradient_penalty(state, recipe, b, fake, fake_logits, told_fake, "fake")
+        metrics["penalty"] = r1 + r2
+        loss = loss + recipe.penalty_weight * metrics["penalty"]
+    if recipe.misaligned_weight:
+        metrics["misaligned_loss"] = misaligned_loss(state, world, recipe, b)
+        loss = loss + recipe.misaligned_weight * metrics["misaligned_loss"]
+    return loss, metrics
 
-    A stored noise does, and a noised x0. For other noise `distill_fresh` can compute a target.
+
+def misaligned_loss(state, world, recipe, b):
+    """Real samples under another sample's condition, as fakes: ties the heads to the condition.
+
+    (SANA-Sprint, arXiv 2503.09641.) Neighbours in the joint batch lend each other their conditions.
+    The teacher is given the wrong one too, or the heads would merely compare two conditions.
     """
-    target, known = b.x0, b.paired | ((b.t < 1) & (not recipe.backward_simulation))
-    if recipe.distill_fresh:
-        target, known = fresh_target(state.student, world, recipe, b), torch.ones_like(b.paired)
-    error = (x0_hat - target).square().flatten(1).mean(1) / b.t**recipe.distill_power  # [B]
+    wrong = b.cond[(b.index ^ 1) - b.index[0]]
+    told = world.head_cond(wrong)
+    differs = (told != world.head_cond(b.cond)).any(1)  # [B]
+    with torch.no_grad():
+        maps = world.features(interpolate(b.real, b.eps_real, b.t_real), b.t_real, wrong)
+    logits = state.heads(maps, b.t_real, told, b.t)
+    return mean_over_heads(lambda f: F.relu(1 + f) * expand(differs, f), logits)
+
+
+def student_loss(state, world, recipe, b, real, fake, x0_hat):
+    """The loss of the student, and metrics. The heads are frozen meanwhile.
+
+    fake: maps [B, C, H, W] per tap, with gradient to the guess x0_hat [B, ...]. real: without.
+    """
+    logits = state.heads(fake, b.t_hat, world.head_cond(b.cond), b.t)
+    metrics = {"student_loss": mean_over_heads(LOSSES[recipe.loss][1], b.real_logits, logits)}
+    loss = recipe.adv_weight * metrics["student_loss"]
+    if recipe.distill_weight:
+        metrics["distill_loss"] = distillation_loss(recipe, b, x0_hat)
+        loss = loss + recipe.distill_weight * metrics["distill_loss"]
+    if recipe.anchor_weight:
+        metrics["anchor_loss"] = anchor_loss(world, b, x0_hat)
+        loss = loss + recipe.anchor_weight * metrics["anchor_loss"]
+    return loss, metrics
+
+
+def distillation_loss(recipe, b, x0_hat):
+    """DEPARTURE: squared error of the guess to the teacher's sample, where the input determines it:
+    from stored noise, or from a noised x0."""
+    known = b.paired | ((b.t < 1) & (not recipe.backward_simulation))
+    error = (x0_hat - b.x0).square().flatten(1).mean(1) / b.t**recipe.distill_power  # [B]
     return (error * known).mean()
 
 
-@torch.no_grad()
-def fresh_target(student, world, recipe, b):
-    """x0; for fresh noise, where the teacher goes after the student's first step. [B, ...]"""
-    rows, t = rows_of(~b.paired), recipe.times[1]
-    eps, cond = b.eps[rows], b.cond[rows]
-    with torch.autocast(eps.device.type, enabled=False):  # a world computes its own networks
-        x_t = eps + (t - 1) * student(eps, torch.ones_like(b.t[rows]), cond)
-        target = world.teacher_from(x_t, t, cond, math.ceil(recipe.distill_fresh * t - 1e-9))
-    return torch.where(expand(b.paired, b.x0), b.x0, b.x0.index_copy(0, rows, target))
+def anchor_loss(world, b, x0_hat):
+    """DEPARTURE: (1 - t) times the squared error to the teacher's velocity, for t < 1.
+
+    The late steps start almost perfect. Without an anchor the game moves them away. At t = 1 the
+    weight is 0: the teacher's own guess from pure noise is a mere average.
+    """
+    rows = rows_of(b.t < 1)
+    v = (b.x_t - x0_hat) / expand(b.t, b.x_t)
+    with torch.no_grad():
+        v_teacher = v.index_copy(0, rows, world.anchor(b.x_t[rows], b.t[rows], b.cond[rows]))
+    return ((1 - b.t) * (v - v_teacher).square().flatten(1).mean(1)).mean()
 
 
 @torch.no_grad()
@@ -542,8 +561,7 @@ def diagnostics(recipe, real, fake, real_logits, fake_logits):
         f = maps.float().flatten(1)
         distances.append((f - f.roll(1, 0)).norm(dim=1).mean().clamp(min=1e-12))
     metrics = {"diversity": distances[0] / distances[1]}
-    names = recipe.taps or range(len(real))
-    for name, r, f in zip(names, real_logits, fake_logits, strict=True):
+    for name, r, f in zip(recipe.taps or range(len(real)), real_logits, fake_logits, strict=True):
         metrics[f"accuracy/{name}"] = ((r > f).float() + (r == f).float() / 2).mean()
     return metrics
 
@@ -569,15 +587,14 @@ def clip_and_step(state, recipe, i):
     parts = {"heads": (state.heads, state.heads_opt)}
     if updates_student(recipe, i):
         parts["student"] = (state.student, state.student_opt)
-    norms = {}
+    metrics = {}
     for name, (model, _) in parts.items():
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         mean_over_ranks_([g for g in grads if not hasattr(g, "full_tensor")])  # FSDP's are averaged
         norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        norms[f"{name}_grad_norm"] = float(
-            norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        )
-    finite = all(map(math.isfinite, norms.values()))
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        metrics[f"{name}_grad_norm"] = float(norm)
+    finite = all(map(math.isfinite, metrics.values()))
     for name, (_, opt) in parts.items():
         opt.param_groups[0]["lr"] = learning_rate(recipe, i, name == "student")
         if finite:
@@ -588,53 +605,10 @@ def clip_and_step(state, recipe, i):
     state.skipped = 0 if finite else state.skipped + 1
     way_out = "start a new run with a lower student_lr or head_lr"
     check(state.skipped < 3, f"iteration {i}: three non-finite gradients in a row: {way_out}")
-    return {**norms, "skipped": float(not finite)}
+    return {**metrics, "skipped": float(not finite)}
 
 
-@contextlib.contextmanager
-def frozen(module):
-    """Inside, the module's weights take no gradient; a backward pass reaches its inputs alone."""
-    module.requires_grad_(False)
-    try:
-        yield
-    finally:
-        module.requires_grad_(True)
-
-
-def autocast(device, dtype):
-    """bfloat16 where dtype says so. No weight cache: it could outlive an optimizer step."""
-    kind = torch.device(device).type
-    return torch.autocast(kind, torch.bfloat16, dtype == torch.bfloat16, cache_enabled=False)
-
-
-# ---- 9. Sampling a student -----------------------------------------------------------------------
-
-
-def step_times(times, n):
-    """The n times of an n-step sampler, spread evenly over the student's: 2 of 4 are [1, 0.5]."""
-    check(
-        1 <= n <= len(times), f"--steps {n}: this student knows {list(times)}; give at most as many"
-    )
-    return [times[k * len(times) // n] for k in range(n)]
-
-
-def sample_student(velocity, recipe, noise, cond, steps, index=None):
-    """Sample a student in so many steps, by its recipe's sampler. noise [B, ...] -> x0 [B, ...].
-
-    index: B integers that key each sample's fresh noise where it is re-noised (default 0 .. B - 1).
-    """
-    index = range(len(noise)) if index is None else index
-
-    def renoise(k):
-        return keyed_noise(index, noise.shape[1:], recipe.seed, "re-noise", k)
-
-    times = step_times(recipe.times, steps)
-    return sample_euler(
-        velocity, noise, times, cond, renoise if recipe.sampler == "renoise" else None
-    )
-
-
-# ---- 10. The world, which a run asks for data and judgement; the state, which it changes ---------
+# ---- 9. The world, which a run asks for data and judgement; the state, which it changes ----------
 
 
 def reader_indices(n, start, count, seed):
@@ -663,14 +637,22 @@ class World:
         """The network to train: float32 weights, since others would lose small updates."""
         return copy.deepcopy(self.teacher).requires_grad_(True).train()
 
+    def make_heads(self, *args):
+        """The heads: see `Heads` for the arguments."""
+        return Heads(*args)
+
     def features(self, x_t, t, cond):
         """The teacher's features of x_t, one map [B, C, H, W] per tap. Gradients flow to x_t."""
         maps = tapped(self.teacher, self.recipe.taps, lambda: self.teacher(x_t, t, cond))
         return [f[:, :, None, None] if f.ndim == 2 else f for f in maps]
 
+    def anchor(self, x_t, t, cond):
+        """The velocity that anchor_weight holds the student to: guided, if the samples are."""
+        return self.teacher(x_t, t, cond)
+
     def head_cond(self, cond):
         """The condition as the heads see it: vectors [B, D]."""
-        return cond.float().flatten(1)
+        return cond.float().reshape(len(cond), -1)
 
     def batch(self, start, count):
         """Samples start .. start + count - 1 of an endless reader: x0, cond, noise, real.
@@ -680,11 +662,6 @@ class World:
         as real, x0 or other samples of the same conditions.
         """
         raise NotImplementedError
-
-    def teacher_from(self, x_t, t, cond, steps):
-        """Where the teacher goes from x_t [B, ...] at time t (a float) in so many Euler steps."""
-        times = [t * (1 - k / steps) for k in range(steps)]
-        return sample_euler(self.teacher, x_t / t, times, cond)
 
     def fingerprint(self):
         """What the data was made of, for JSON. A run is resumed only with the same."""
@@ -710,18 +687,18 @@ class State:
     """What changes while a run trains: student, heads, both optimizers, the average."""
 
     def __init__(self, world, recipe, device, dtype=torch.float32):
-        self.device, self.dtype = device, dtype
-        b = read_batch(world, recipe, 0, 0, 2, device)
-        with torch.random.fork_rng(devices=[]):
+        self.device = device
+        b = read_batch(world, recipe, 0, 0, min(recipe.batch, 32), device)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(recipe.seed)  # keys the initial weights
             self.student = world.make_student()
-            with torch.no_grad():
-                maps = world.features(b.x0, torch.full_like(b.t, 0.5), b.cond)
+            maps = world.features(interpolate(b.real, b.eps_real, b.t_real), b.t_real, b.cond)
             for m in maps:
                 check(m.ndim == 4, f"taps: one gives {list(m.shape)}, not a map [B, C, H, W]")
-            shapes = [m.shape[1] for m in maps], [m.shape[2:] for m in maps]
-            cond_dim = world.head_cond(b.cond).shape[1]
-            self.heads = Heads(*shapes, cond_dim, recipe.head_width, recipe.heads_see_t).to(device)
+            channels, sizes = [m.shape[1] for m in maps], [m.shape[2:] for m in maps]
+            told = (world.head_cond(b.cond).shape[1], recipe.head_width, recipe.heads_see_t)
+            self.heads = world.make_heads(channels, sizes, *told, dtype).to(device)
+            self.heads.standardise(maps)
         self.student_opt = adamw(self.student, recipe)
         self.heads_opt = adamw(self.heads, recipe)
         self.ema = EMA(self.student, recipe.ema_half_life, recipe.ema_ramp)
@@ -780,7 +757,7 @@ class EMA:
             mean.copy_(weights)
 
 
-# ---- 11. Training --------------------------------------------------------------------------------
+# ---- 10. Training --------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -790,31 +767,33 @@ class Options:
     resume: bool = field(False, "go on from the newest checkpoint; start where there is none")
     micro_batch: int = field(0, "samples per pass and rank (0: batch / ranks)")
     evaluate_every: int = field(200, "iterations between evaluations (0: never)")
-    checkpoint_every: int = field(200, "iterations between checkpoints")
-    keep: int = field(2, "checkpoints to keep")
-    log_every: int = field(20, "iterations averaged in a line of metrics.jsonl")
+    checkpoint_every: int = field(200, "iterations between checkpoints", least=1)
+    keep: int = field(2, "checkpoints to keep", least=1)
+    log_every: int = field(20, "iterations averaged in a line of metrics.jsonl", least=1)
     stop_on_collapse: bool = field(False, "end the run at the first sign of collapse")
     dtype: str = field("float32", "what networks compute in", ("bfloat16", "float32"))
 
     def __post_init__(self):
         type_fields(self)
-        for name in ("checkpoint_every", "keep", "log_every"):
-            check(getattr(self, name) > 0, f"{name} = 0: give at least 1")
 
 
-def train(world, recipe, run, options=None, losses=(heads_loss, student_loss)):
+def train(world, recipe, run, options=None, losses=None):
     """Distil into the folder `run`, which is made, or resumed. Returns the finished `State`.
 
     Works from a script, a notebook or a thread. UserError where the run can't start or go on.
-    losses: what takes the place of `heads_loss` and `student_loss`.
+    losses: as in `train_step`.
     """
-    options, run = options or Options(), Path(run)
+    options, run = options or Options(), Path(run).expanduser()
     part = recipe.batch / world_size()
+    size = options.micro_batch or part
     way_out = "give a multiple of the ranks, at least two samples for each"
     check(part % 1 == 0 and part >= 2, f"batch = {recipe.batch}, {world_size()} ranks: {way_out}")
-    ok = not options.micro_batch or part % options.micro_batch == 0
-    check(ok, f"--micro-batch {options.micro_batch}: give a divisor of batch / ranks = {part:g}")
-    with open_run(world, recipe, run, options.resume) as config:
+    check(part % size == 0, f"--micro-batch {size:g}: give a divisor of batch / ranks = {part:g}")
+    odd = recipe.misaligned_weight and size % 2
+    check(not odd, f"micro-batches of {size:g}: misaligned pairs need an even number of samples")
+    with contextlib.ExitStack() as stack:
+        config = describe(world, recipe)
+        on_rank0(lambda: claim(run, config, options.resume, stack))
         device = next(world.teacher.parameters()).device
         state = State(world, recipe, device, getattr(torch, options.dtype))
         on_rank0(lambda: write_json(run / "config.json", config))
@@ -837,59 +816,45 @@ def train(world, recipe, run, options=None, losses=(heads_loss, student_loss)):
     return state
 
 
-@contextlib.contextmanager
-def open_run(world, recipe, run, resume):
-    """Make and lock the run's folder, inside; on resume check that it fits. Gives its config."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(run / ".lock", blocking=False)
+def describe(world, recipe):
+    """What config.json says of a run."""
     config = {"recipe": dataclasses.asdict(recipe), "data": world.fingerprint()}
-    config |= {
-        "diff": diff(recipe, world.reference or Recipe()),
-        "command": shlex.join(["python", *sys.argv]),
-    }
-    config = json.loads(json.dumps({**config, "torch": torch.__version__}))  # tuples become lists
+    config["diff"] = diff(recipe, world.reference or Recipe())
+    config |= {"command": shlex.join(["python", *sys.argv]), "torch": torch.__version__}
+    words = ", ".join(f"{k} = {new} (not {old})" for k, (old, new) in config["diff"].items())
+    print0(f"from the reference recipe differs: {words or 'nothing'}")
+    return json.loads(json.dumps(config))  # tuples become lists
 
-    def claim():
-        run.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise UserError(f"--name {run.name}: another process is training {run}") from None
-        if (run / "config.json").exists():
-            check(resume, f"--name {run.name}: {run} exists; give another name, or --resume it")
-            old = read_config(run / "config.json")
-            changed = diff(config["recipe"], old["recipe"]) | diff(config["data"], old["data"])
-            changed.pop("iterations", None)  # a run may be made longer
-            words = ", ".join(f"{k} = {new} (was {was})" for k, (was, new) in changed.items())
-            check(not words, f"--resume: {run} was made otherwise: {words}; start a new run")
-            done = max(map(step_of, checkpoints(run)), default=0)
-            check(
-                done <= recipe.iterations,
-                f"iterations = {recipe.iterations}: {run} has done {done}",
-            )
-        for part in run.glob(".*.part"):  # of a process that was killed
-            shutil.rmtree(part) if part.is_dir() else part.unlink()
 
+def claim(run, config, resume, stack):
+    """Make and lock the folder of a run until `stack` ends; a run in it must fit `config`."""
+    run.mkdir(parents=True, exist_ok=True)
+    if not any(run.iterdir()):  # then it is gone again if the run can't start
+        stack.callback(lambda: (run / "config.json").exists() or shutil.rmtree(run))
     try:
-        on_rank0(claim)
-        words = ", ".join(f"{k} = {new} (not {old})" for k, (old, new) in config["diff"].items())
-        print0(f"run {run}; from the reference recipe differs: {words or 'nothing'}")
-        yield config
-    finally:
-        claimed = lock.is_locked  # on rank 0, unless another process has it
-        lock.release()
-        if claimed and not (run / "config.json").exists():  # it could not start
-            (run / ".lock").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                run.rmdir()  # if nothing else is in it
+        stack.enter_context(FileLock(run / ".lock", blocking=False))
+    except Timeout:
+        raise UserError(f"--name {run.name}: another process is training {run}") from None
+    if (run / "config.json").exists():
+        check(resume, f"--name {run.name}: {run} exists; give another name, or --resume it")
+        old, asked = read_config(run / "config.json"), config["recipe"]["iterations"]
+        changed = diff(config["recipe"], old["recipe"]) | diff(config["data"], old["data"])
+        changed.pop("iterations", None)  # a run may be made longer
+        words = ", ".join(f"{k} = {new} (was {was})" for k, (was, new) in changed.items())
+        check(not words, f"--resume: {run} was made otherwise: {words}; start a new run")
+        done = max(map(step_of, checkpoints(run)), default=0)
+        check(done <= asked, f"iterations = {asked}: {run} has done {done}")
+    for part in run.glob(".*.part"):  # of a process that was killed
+        shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
 def read_config(path):
     """The config.json of a run; UserError where the file is none."""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         config = json.loads(Path(path).read_text())
-        if isinstance(config, dict) and config.keys() >= {"recipe", "data"}:
+        if isinstance(config, dict) and all(
+            type(config.get(k)) is dict for k in ("recipe", "data")
+        ):
             return config
     raise UserError(f"{path}: not the config.json of a run")
 
@@ -917,12 +882,11 @@ def evaluate(state, world, run, step):
 
 def mean_metrics(window):
     """The mean of each metric over a window of iterations, and over the ranks."""
-    mean = {}
-    for name in dict.fromkeys(name for metrics in window for name in metrics):
-        values = [torch.as_tensor(m[name], dtype=torch.float64) for m in window if name in m]
-        mean[name] = torch.stack(values).mean().cpu()
-    mean_over_ranks_(list(mean.values()))
-    return {name: float(value) for name, value in mean.items()}
+    names = dict.fromkeys(name for metrics in window for name in metrics)
+    values = [[float(m[name]) for m in window if name in m] for name in names]
+    means = [torch.tensor(v, dtype=torch.float64).mean() for v in values]
+    mean_over_ranks_(means)
+    return dict(zip(names, map(float, means), strict=True))
 
 
 def log_metrics(run, step, metrics):
@@ -932,16 +896,7 @@ def log_metrics(run, step, metrics):
             f.write(json.dumps({"iteration": step, **metrics}) + "\n")
 
 
-def trim_metrics(run, step):
-    """Drop the lines from after the checkpoint, which a resumed run writes anew."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]  # a kill may cut the last one off
-    with replacing(path) as part:
-        part.write_text("".join(line for line in whole if json.loads(line)["iteration"] <= step))
-
-
-# ---- 12. Ranks: under torchrun each process has its own part of every joint batch ----------------
+# ---- 11. Ranks: under torchrun each process has its own part of every joint batch ----------------
 
 
 def rank():
@@ -969,8 +924,7 @@ def on_rank0(make):
 def any_rank(flag):
     """Is flag true on any rank? What ends or changes a run is decided so, or ranks would hang."""
     votes = torch.tensor(float(bool(flag)))
-    if world_size() > 1:
-        dist.all_reduce(votes)
+    mean_over_ranks_([votes])
     return bool(votes > 0)
 
 
@@ -984,7 +938,7 @@ def mean_over_ranks_(tensors):
             t.copy_(mean.view_as(t))
 
 
-# ---- 13. Files: written beside their place and renamed, so a kill leaves no half of one ----------
+# ---- 12. Files: written beside their place and renamed, so a kill leaves no half of one ----------
 # Weights and caches are safetensors. Checkpoints are trusted local files.
 
 
@@ -1012,75 +966,57 @@ def write_json(path, value):
 
 def save_weights(path, tensors, about):
     """Write tensors as safetensors; `about`, a dict with a "kind", goes into the file's header."""
-    from safetensors.torch import save_file
-
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}  # untied
     with replacing(path) as part:
         save_file(tensors, part, {"about": json.dumps(about)})
 
 
-def read_about(path):
-    """What `save_weights` wrote into the header of a file; UserError where it is damaged."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as f:
-            return json.loads((f.metadata() or {}).get("about", "{}"))
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{path}: missing or damaged ({error}); restore it") from error
-
-
 def load_weights(path, kind):
     """(tensors, about) of a file by `save_weights`; UserError where it is damaged or foreign."""
-    from safetensors.torch import load_file
-
-    about = read_about(path)
+    try:
+        with safe_open(path, "pt") as f:
+            about = json.loads((f.metadata() or {}).get("about", "{}"))
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path}: missing or damaged ({error}); restore it") from error
     check(about.get("kind") == kind, f"{path}: holds {about.get('kind')!r}, not {kind!r}")
-    return load_file(path), about
+    return tensors, about
 
 
 def checkpoints(run):
-    """The checkpoints of a run, the oldest first."""
-    return sorted((Path(run) / "checkpoints").glob("step-" + "[0-9]" * 7))
+    """The complete checkpoints of a run, the oldest first. DCP writes .metadata last."""
+    return sorted(path.parent for path in Path(run).glob("checkpoints/step-*/.metadata"))
 
 
 def step_of(checkpoint):
     return int(checkpoint.name[5:])
 
 
-def newest_checkpoint(run):
-    """The newest complete checkpoint of a run, or None. DCP writes .metadata last."""
-    for path in reversed(checkpoints(run)):
-        if (path / ".metadata").exists():
-            return path
-        print(f"{path}: cut off, passed over", file=sys.stderr)
-    return None
-
-
 def save_checkpoint(run, step, state_dict, keep=2):
     """Write nested dicts of tensors and numbers to run/checkpoints/step-N; keep the newest ones."""
-    import torch.distributed.checkpoint as dcp
-
     path = Path(run) / "checkpoints" / f"step-{step:07d}"
-    later = [p for p in checkpoints(run) if step_of(p) >= step]  # cut off, or it would go on there
-    on_rank0(lambda: [shutil.rmtree(p) for p in later])
+    on_rank0(lambda: shutil.rmtree(path, ignore_errors=True))  # one that was cut off
     dcp.save(state_dict, checkpoint_id=path, no_dist=not dist.is_initialized())
     for old in checkpoints(run)[:-keep] if rank() == 0 else []:
         shutil.rmtree(old)
 
 
-def load_checkpoint(path, state_dict):
-    """Fill state_dict, of the shape that was saved, from a checkpoint, and return it."""
-    import torch.distributed.checkpoint as dcp
-
-    dcp.load(state_dict, checkpoint_id=path, no_dist=not dist.is_initialized())
-    return state_dict
+def load_checkpoint(run, state_dict):
+    """Fill state_dict, of the shape that was saved, from a run's newest checkpoint: (dict, step).
+    Step 0 where there is none."""
+    newest = on_rank0(lambda: max(checkpoints(run), default=None))
+    for path in Path(run).glob("checkpoints/step-*"):
+        if newest is None or path > newest:
+            print(f"{path}: cut off, passed over", file=sys.stderr)
+    print0(f"going on from {newest}" if newest else "no complete checkpoint: training starts")
+    if newest is None:
+        return state_dict, 0
+    dcp.load(state_dict, checkpoint_id=newest, no_dist=not dist.is_initialized())
+    return state_dict, step_of(newest)
 
 
 def snapshot(state):
     """Everything that a run needs to go on, as nested dicts."""
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-
     student, student_opt = get_state_dict(state.student, state.student_opt)
     heads, heads_opt = get_state_dict(state.heads, state.heads_opt)
     models = {"student": student, "heads": heads, "ema": dict(enumerate(state.ema.mean))}
@@ -1090,23 +1026,25 @@ def snapshot(state):
 
 def restore(state, run):
     """Fill state from the run's newest checkpoint, if any. Returns the iterations done."""
-    from torch.distributed.checkpoint.state_dict import set_state_dict
-
-    path = on_rank0(lambda: newest_checkpoint(run))
-    done = step_of(path) if path else 0
-    print0(f"going on from {path}" if path else "no complete checkpoint: training starts")
-    on_rank0(lambda: trim_metrics(run, done))
-    if path is None:
-        return 0
-    saved = load_checkpoint(path, snapshot(state))  # the average is filled in place
+    saved, done = load_checkpoint(run, snapshot(state))  # the average is filled in place
     for name in ("student", "heads"):
         dicts = {"model_state_dict": saved[name], "optim_state_dict": saved[f"{name}_opt"]}
         set_state_dict(getattr(state, name), getattr(state, f"{name}_opt"), **dicts)
     state.skipped, state.best = saved["skipped"], saved["best"]
+    on_rank0(lambda: trim_metrics(run, done))
     return done
 
 
-# ---- 14. Command line: an option for each field of Options and of the world's recipe -------------
+def trim_metrics(run, step):
+    """Drop the lines from after the checkpoint, which a resumed run writes anew."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines if line.endswith("}\n")]  # a kill may cut the last one off
+    with replacing(path) as part:
+        part.write_text("".join(line for line in whole if json.loads(line)["iteration"] <= step))
+
+
+# ---- 13. Command line: an option for each field of Options and of the world's recipe -------------
 
 
 def type_fields(instance):
@@ -1118,9 +1056,10 @@ def type_fields(instance):
 def typed(f, value):
     """value as dataclass field f declares it, parsed where it is text. UserError if it can't be."""
     is_tuple = typing.get_origin(f.type) is tuple
-    kind = typing.get_args(f.type)[0] if is_tuple else f.type
-    items = [v for v in value.split(",") if v] if is_tuple and isinstance(value, str) else value
-    items = items if is_tuple and isinstance(items, (tuple, list)) else [value]
+    kind, meta = typing.get_args(f.type)[0] if is_tuple else f.type, f.metadata
+    if is_tuple and isinstance(value, str):
+        value = [v for v in value.split(",") if v]
+    items = value if is_tuple and isinstance(value, (tuple, list)) else [value]
     parse = {"true": True, "false": False}.__getitem__ if kind is bool else kind
     try:
         items = [parse(v) if isinstance(v, str) else v for v in items]
@@ -1129,10 +1068,13 @@ def typed(f, value):
     for v in items:
         ok = type(v) is kind or kind is float and type(v) is int
         check(ok, f"{f.name} = {v!r}: give {kind.__name__}")
-        ok = kind not in (int, float) or math.isfinite(v) and (v >= 0 or f.name == "renoise_mean")
-        check(ok, f"{f.name} = {v!r}: give a finite number that is not negative")
-        choices = f.metadata["choices"]
-        check(not choices or v in choices, f"{f.name} = {v!r}: choose from {choices}")
+        if kind in (int, float):
+            ok = math.isfinite(v) and meta["least"] <= v <= meta["most"]
+            check(ok, f"{f.name} = {v!r}: give a number from {meta['least']} to {meta['most']}")
+        check(
+            not meta["choices"] or v in meta["choices"],
+            f"{f.name} = {v!r}: choose from {meta['choices']}",
+        )
     return tuple(map(kind, items)) if is_tuple else kind(items[0])
 
 
@@ -1140,7 +1082,8 @@ class Parser(argparse.ArgumentParser):
     """Bad options are bad input, and are not guessed from their first letters."""
 
     def __init__(self, *args, **settings):
-        super().__init__(*args, allow_abbrev=False, **settings)
+        shape = argparse.RawDescriptionHelpFormatter
+        super().__init__(*args, allow_abbrev=False, formatter_class=shape, **settings)
 
     def error(self, message):
         raise UserError(message)
@@ -1149,9 +1092,7 @@ class Parser(argparse.ArgumentParser):
 def parse(argv):
     """(the world's module, options, recipe) of a command line."""
     module = importlib.import_module("zimage.world" if "--zimage" in argv else "toy_mnist.world")
-    reference = next(iter(module.RECIPES.values()))
     parser = Parser("ladd.py", description=__doc__.split("This file")[0])
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--toy", action="store_true", help="distil the Color-MNIST teacher")
     which.add_argument("--zimage", action="store_true", help="distil Z-Image")
@@ -1162,13 +1103,18 @@ def parse(argv):
     group.add_argument("--sample", action="store_true", help="draw from the finished run --name")
     group.add_argument("--steps", type=int, default=0, help="steps of --sample (default: all)")
     add_fields(group, Options())
-    names = ", ".join(module.RECIPES)
-    group = parser.add_argument_group(f"the recipe, one of {names}")
+    group = parser.add_argument_group(f"the recipe, one of {', '.join(module.RECIPES)}")
     group.add_argument("--recipe", default="", help="by name, or another run's config.json")
-    add_fields(group, reference)
+    add_fields(group, next(iter(module.RECIPES.values())))
     module.add_arguments(parser.add_argument_group("this world"))
     options = parser.parse_args(argv or ["--help"])
-    options.run = run_folder(options)
+    plain = options.name == Path(options.name).name and options.name != ".."
+    check(plain, f"--name {options.name}: give a plain folder name")
+    options.out = Path(os.path.expanduser(options.out))
+    options.run = options.out / options.name if options.name else None
+    runs = sorted(path.parent.name for path in options.out.glob("*/config.json"))
+    ok = options.run or not (options.sample or options.resume)
+    check(ok, f"--name: say which run; {options.out} holds {', '.join(runs) or 'none'}")
     return module, options, resolve_recipe(module.RECIPES, options)
 
 
@@ -1184,28 +1130,6 @@ def given(options, cls):
     """The fields of dataclass cls that the command line gives."""
     names = [f.name for f in dataclasses.fields(cls)]
     return {k: getattr(options, k) for k in names if getattr(options, k) is not None}
-
-
-def run_folder(options):
-    """The folder of the run --name in --out; None where it is to be numbered."""
-    options.out = options.out.expanduser()
-    ok = options.name == Path(options.name).name and options.name != ".."
-    check(ok, f"--name {options.name}: give a plain folder name")
-    runs = sorted(path.parent.name for path in options.out.glob("*/config.json"))
-    ok = options.name or not (options.sample or options.resume)
-    check(ok, f"--name: say which run; {options.out} holds {', '.join(runs) or 'none'}")
-    return options.out / options.name if options.name else None
-
-
-def numbered_folder(out):
-    """Make the next free folder out/001, out/002, ... Of two starts at once, each gets its own."""
-    out.mkdir(parents=True, exist_ok=True)
-    number = 1
-    while True:
-        with contextlib.suppress(FileExistsError):
-            (out / f"{number:03d}").mkdir()
-            return out / f"{number:03d}"
-        number += 1
 
 
 def resolve_recipe(recipes, options):
@@ -1227,14 +1151,23 @@ def recipe_from(cls, values):
     return cls(**values)
 
 
+def numbered_folder(out):
+    """Make the next free folder out/001, out/002, ... Of two starts at once, each gets its own."""
+    out.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        with contextlib.suppress(FileExistsError):
+            (out / f"{number:03d}").mkdir()
+            return out / f"{number:03d}"
+
+
 def pick_device(name):
     """The device by name, or the best one here. Under torchrun each rank has a GPU of its own."""
     if torch.cuda.is_available() and name in (None, "cuda"):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     name = name or ("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name}: not here ({reason}); leave it out") from error
     return torch.device(name)
@@ -1274,10 +1207,7 @@ def run_command_line(work, argv=None):
 
     2: bad input, or no room on disk or GPU. 130: ended by Ctrl-C or SIGTERM.
     """
-    from safetensors import SafetensorError
-    from torch.distributed.checkpoint import CheckpointException
-
-    expected = (UserError, OSError, SafetensorError, CheckpointException, torch.OutOfMemoryError)
+    full = SafetensorError, dcp.CheckpointException, torch.OutOfMemoryError  # disk or GPU
     try:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -1287,8 +1217,8 @@ def run_command_line(work, argv=None):
     except KeyboardInterrupt:
         print("ladd: stopped; what is finished is kept", file=sys.stderr)
         code = 130
-    except expected as error:
-        if isinstance(error, CheckpointException):
+    except (UserError, OSError, *full) as error:
+        if isinstance(error, dcp.CheckpointException):
             error = next(iter(error.failures.values()))[0]
         print(f"ladd: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2

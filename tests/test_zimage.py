@@ -77,7 +77,7 @@ def distil(model, data, out, *more):
 
 def checkpoint(run):
     """A run's newest checkpoint as a flat dict of whole tensors, whatever ranks wrote it."""
-    dcp_to_torch_save(ladd.newest_checkpoint(run), run / "whole.pt")
+    dcp_to_torch_save(ladd.checkpoints(run)[-1], run / "whole.pt")
     leaves, _ = tree_flatten_with_path(torch.load(run / "whole.pt", weights_only=False))
     flat = {".".join(str(getattr(key, "key", key)) for key in path): leaf for path, leaf in leaves}
     return {name: leaf for name, leaf in flat.items() if isinstance(leaf, torch.Tensor)}
@@ -113,17 +113,19 @@ def test_the_guided_teacher_is_the_stock_pipeline(model, data, pipe, w, h, wide)
     """From noise, and from a sample half way down."""
     prompts = ["a cat", "a long sentence about a dog and its dish, and what lay in it"]
     z, cond = make_batch(pipe, *prompts, h=h, w=wide)
-    world = make_world(model, data, distill_weight=1.0, distill_fresh=4, backward_simulation=True)
+    world = make_world(model, data, anchor_weight=1.0)
     world.data.about["guidance"] = w
     pipe = adapter.load_pipeline(model, torch.float32, CPU)
     pipe.scheduler = type(pipe.scheduler)(shift=1.0)
     settings = {"height": 8 * h, "width": 8 * wide, "output_type": "latent"}
     settings |= {"guidance_scale": w - 1, "latents": z}
     theirs = pipe(list(prompts), num_inference_steps=5, **settings).images
-    torch.testing.assert_close(world.teacher_from(z, 1.0, cond, 5), theirs, rtol=0, atol=1e-4)
+    own = ladd.sample_euler(world.anchor, z, [1, 0.8, 0.6, 0.4, 0.2], cond)
+    torch.testing.assert_close(own, theirs, rtol=0, atol=1e-4)
     settings["latents"] = 0.6 * z  # as if it were a sample at t = 0.6
     rest = pipe(list(prompts), sigmas=[0.6, 0.4, 0.2], **settings).images
-    torch.testing.assert_close(world.teacher_from(0.6 * z, 0.6, cond, 3), rest, rtol=0, atol=1e-4)
+    own = ladd.sample_euler(world.anchor, z, [0.6, 0.4, 0.2], cond)
+    torch.testing.assert_close(own, rest, rtol=0, atol=1e-4)
     assert theirs.std() > 0.5
 
 
@@ -407,16 +409,14 @@ def test_a_lora_run_ends_in_a_whole_student_and_in_a_lora_that_its_card_samples_
 
 # ---- ranks --------------------------------------------------------------------------------------
 
-EVEN = {"time_probs": (0.4, 0.2, 0.2, 0.2), "warmup": 0, "gen_every": 1}
-FRESH = {"distill_weight": 1.0, "distill_power": 2.0, "distill_fresh": 5}
+EVEN = {"time_probs": (0.4, 0.2, 0.2, 0.2), "warmup": 0, "gen_every": 1, "batch": 12}
 TERMS = {  # name: (recipe, is the teacher sharded)
     "hinge": ({}, False),
-    "relativistic": ({"loss": "relativistic", "heads_see_t": True}, True),
-    "r1": ({"r1_weight": 0.01, "share_noise": False}, False),
-    "paired": ({"paired_share": 0.5, "distill_weight": 1.0}, True),
-    "backward simulation": ({"backward_simulation": True}, False),
-    "fresh": ({"backward_simulation": True, "paired_share": 0.5, **FRESH}, True),
-    "lora": ({"lora_rank": 4}, False),
+    "penalty": ({"penalty_weight": 5.0, "share_noise": False}, True),
+    "misaligned": ({"misaligned_weight": 0.5, "heads_see_t": True}, False),
+    "anchor": ({"anchor_weight": 1.0, "backward_simulation": True}, True),
+    "paired": ({"paired_share": 0.5, "distill_weight": 1.0, "distill_power": 2.0}, False),
+    "lora": ({"lora_rank": 4, "anchor_weight": 1.0}, False),
 }
 
 

@@ -43,12 +43,12 @@ def forward(layers=2, text=TEXT):
 
 
 def test_flops_of_an_iteration_are_those_of_a_count_by_hand():
-    of_map = 2 * 64 * 9 * D * 8 + 2 * 64 * 9 * 8 * 8 + 2 * 64 * 8  # a head's convolutions,
-    embed = 2 * 96 * 16  # its first layer of t and text, whose input takes no gradient,
-    head = of_map + embed + 2 * 16 * 16 + 2 * 16 * 32  # and all of it
+    first = 2 * 64 * 9 * D * 8, 2 * 96 * 16  # a head's layers whose input takes no gradient,
+    of_map = first[0] + 2 * 64 * 9 * 8 * 8 + 2 * 64 * 8  # its convolutions,
+    head = of_map + first[1] + 2 * 16 * 16 + 2 * 16 * 32  # and all of it
     found = trace(student_turn=False)
     assert found.forward == forward()
-    assert found.flops == forward() + 2 * forward(1) + 2 * (3 * head - embed)
+    assert found.flops == forward() + 2 * forward(1) + 2 * (3 * head - sum(first))
     # A student update: the blocks run twice; weights and inputs take gradients; attention 2.5.
     student = sum(block(n, 3, 3.5) for n in (IMAGE, TEXT, *[IMAGE + TEXT] * 2)) + 9 * 8 * D * D
     student += 2 * IMAGE * 64 * D + 4 * TEXT * 32 * D + 2 * 256 * 1024 + 4 * 1024 * D
@@ -59,13 +59,12 @@ def test_flops_of_an_iteration_are_those_of_a_count_by_hand():
     assert trace().flops == found.flops + student + teacher + head + of_map
 
 
-def test_flops_of_the_students_own_steps_and_of_fresh_targets_are_means():
-    plain = dataclasses.replace(RECIPE, taps=("1",), paired_share=0.5, distill_weight=1.0)
-    more = dataclasses.replace(plain, backward_simulation=True, distill_fresh=2)
-    shares = 0.3, 0.2, 0.1  # of t under 1, .75, .5; where no sample has one, one runs for nothing
-    steps = sum(p + (1 - p) ** 4 / 4 for p in shares) * forward()
-    fresh = 0.5 * (forward() + 2 * (forward() + forward(text=32)))  # 2 guided steps of the teacher
-    for turn, wanted in ((False, steps), (True, steps + fresh)):
+def test_flops_of_the_students_own_steps_and_of_the_anchor_are_means():
+    plain = dataclasses.replace(RECIPE, taps=("1",))
+    more = dataclasses.replace(plain, backward_simulation=True, anchor_weight=1.0)
+    found = [p + (1 - p) ** 4 / 4 for p in (0.3, 0.2, 0.1)]  # of t under 1, .75, .5; none: one row
+    steps, anchor = sum(found) * forward(), found[0] * (forward() + forward(text=32))  # guided
+    for turn, wanted in ((False, steps), (True, steps + anchor)):
         found = trace(more, student_turn=turn).flops - trace(plain, student_turn=turn).flops
         assert found == pytest.approx(wanted, rel=1e-9)
 

@@ -116,7 +116,7 @@ def draw(world, run, student, rows):
 def curves(world, steps):
     """(title, {metric: label}, level of a dashed line, its label, scale) of each plot."""
     judge, recipe = world.judge, world.recipe
-    zero = [torch.zeros(1)]  # the logit of a head that knows nothing
+    zero = torch.zeros(1)  # the logit of a head that knows nothing
     chance = float(ladd.LOSSES[recipe.loss][0](zero, zero))
     losses = {"heads_loss": "heads", "student_loss": "student", "distill_loss": "distillation"}
     fid = {f"fid@{s}": f"{s} steps" for s in steps}

@@ -4,8 +4,10 @@ What the core's recipe can't say is a field of `Ablation`. `heads_loss` and `stu
 it; `ladd.train` takes them in place of its own.
 """
 
+import contextlib
 import dataclasses
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -16,33 +18,54 @@ from toy_mnist import progress
 from toy_mnist.data import ColorMNIST, load_mnist
 from toy_mnist.edm import null_cond, sample_dpm, sample_heun, time_grid
 from toy_mnist.judge import conv
-from toy_mnist.world import PAPER, TAPS, TOY, Samples, ToyRecipe, ToyWorld
+from toy_mnist.world import RECIPES, TAPS, TOY, Samples, ToyRecipe, ToyWorld
 
 UNSEEN = 22_000  # the judge compares with MNIST's digits before this one: none is learnt from
-GAMES = {  # arXiv 1406.2661, 1701.07875: the heads' loss of real and fake, the student's of fake
-    "nonsaturating": (lambda r, f: F.softplus(-r) + F.softplus(f), lambda f: F.softplus(-f)),
-    "wasserstein": (lambda r, f: f - r, lambda f: -f),  # unbounded without a gradient penalty
-}
+# The heads' loss of a real and a fake logit, and the student's.
+ladd.LOSSES["relativistic"] = (  # R3GAN, arXiv 2501.05441, eq. 2
+    lambda real, fake: F.softplus(fake - real),
+    lambda real, fake: F.softplus(real - fake),
+)
+ladd.LOSSES["nonsaturating"] = (  # arXiv 1406.2661
+    lambda real, fake: F.softplus(-real) + F.softplus(fake),
+    lambda real, fake: F.softplus(-fake),
+)
+ladd.LOSSES["wasserstein"] = (  # arXiv 1701.07875; unbounded without a gradient penalty
+    lambda real, fake: fake - real,
+    lambda real, fake: -fake,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Ablation(ToyRecipe):
     """The toy's recipe, and what only ablations ask for: off by default."""
 
-    loss: str = ladd.field("hinge", "the adversarial game", (*ladd.LOSSES, *GAMES))
+    loss: str = ladd.field("hinge", "the adversarial game", tuple(ladd.LOSSES))
+    exact_r1: float = ladd.field(0.0, "weight of exact R1 on the heads' input features")
     gradient_penalty: float = ladd.field(0.0, "weight of the gradient penalty")
     approximate_r1: float = ladd.field(0.0, "weight of approximate R1 on x_t")
-    misaligned: float = ladd.field(0.0, "weight of misaligned pairs")
     score_weight: float = ladd.field(0.0, "weight of ADD's score distillation")
     score_weighting: str = ladd.field("exponential", "over t", ("exponential", "sds", "nfsd"))
     adv_warmup: int = ladd.field(0, "iterations over which adv_weight rises from 0")
-    heads_first: bool = ladd.field(False, "step the heads before the student's gradient is taken")
+
+
+def exact_r1(state, world, recipe, b, real, fake):
+    """R1 (arXiv 1801.04406, eq. 9) on the heads' input features of real samples. A scalar.
+
+    Per head: the gradient of the sum of its logits with respect to its map [B, C, H, W], squared,
+    summed over channels, averaged over samples and places. (To average the logits first would
+    shrink the penalty by the square of the number of patches.)
+    """
+    maps = [m.detach().requires_grad_() for m in real]
+    sums = [k.sum() for k in state.heads(maps, b.t_real, world.head_cond(b.cond), b.t)]
+    grads = torch.autograd.grad(sums, maps, create_graph=True)
+    return ladd.mean_over_heads(lambda g: g.square().sum(1), grads)
 
 
 def gradient_penalty(state, world, recipe, b, real, fake):
     """WGAN-GP (arXiv 1704.00028, eq. 3) on maps between real and fake: (|gradient| - 1)^2.
 
-    As in `ladd.r1_penalty` the norm is taken per place, of the gradient of a head's summed logits.
+    As in `exact_r1` the norm is taken per place, of the gradient of a head's summed logits.
     """
     mix = uniform(recipe, b, "gradient penalty")
     pairs = zip(real, fake, strict=True)
@@ -70,59 +93,32 @@ def approximate_r1(state, world, recipe, b, real, fake):
     return ladd.mean_over_heads(lambda a, s: (a - s).square(), *logits)
 
 
-def misaligned(state, world, recipe, b, real, fake):
-    """Real samples under another's condition, as fakes (SANA-Sprint, arXiv 2503.09641). +1 F.
-
-    The teacher is conditioned wrongly too, or the heads would merely compare two conditions. The
-    other sample is the one before in the joint batch, so that micro-batches agree.
-    """
-    _, labels, _, _ = world.batch(b.iteration * recipe.batch, recipe.batch)
-    wrong = labels[(b.index - 1) % recipe.batch].to(b.cond)
-    with torch.no_grad():
-        x_t = ladd.interpolate(b.real, b.eps_real, b.t_real)
-        maps = [m.float() for m in world.features(x_t, b.t_real, wrong)]
-    logits = state.heads(maps, b.t_real, world.head_cond(wrong), b.t)
-    differs = (wrong != b.cond).float()
-    return ladd.mean_over_heads(lambda f: F.relu(1 + f) * ladd.expand(differs, f), logits)
-
-
 def heads_loss(state, world, recipe, b, real, fake):
-    """`ladd.heads_loss`, or that of another game, and the terms that have a weight."""
-    if recipe.loss in GAMES:
-        cond = world.head_cond(b.cond)
-        logits = state.heads(real, b.t_real, cond, b.t), state.heads(fake, b.t_hat, cond, b.t)
-        loss = ladd.mean_over_heads(GAMES[recipe.loss][0], *logits)
-        metrics = {"heads_loss": loss, **ladd.diagnostics(recipe, real, fake, *logits)}
-    else:
-        loss, metrics = ladd.heads_loss(state, world, recipe, b, real, fake)
+    """`ladd.heads_loss`, and the terms that have a weight."""
+    loss, metrics = ladd.heads_loss(state, world, recipe, b, real, fake)
     real = [m.float() for m in real]
-    for term in (gradient_penalty, approximate_r1, misaligned):
+    for term in (exact_r1, gradient_penalty, approximate_r1):
         if weight := getattr(recipe, term.__name__):
-            with ladd.autocast(state.device, torch.float32):  # they compare small differences
+            with in_float32(state.heads):  # they compare small differences
                 loss = loss + weight * term(state, world, recipe, b, real, fake)
     return loss, metrics
 
 
+@contextlib.contextmanager
+def in_float32(heads):
+    dtype, heads.dtype = heads.dtype, torch.float32
+    try:
+        yield
+    finally:
+        heads.dtype = dtype
+
+
 def student_loss(state, world, recipe, b, real, fake, x0_hat):
-    """`ladd.student_loss`, or that of another game, and what else the recipe asks for."""
-    if recipe.heads_first:  # `ladd.train_step` finds no gradient of theirs afterwards
-        norm = nn.utils.clip_grad_norm_(state.heads.parameters(), recipe.clip)
-        if norm.isfinite():  # or it is left there, to be skipped
-            rate = ladd.learning_rate(recipe, b.iteration, student=False)
-            state.heads_opt.param_groups[0]["lr"] = rate
-            state.heads_opt.step()
-            state.heads_opt.zero_grad(set_to_none=True)
+    """`ladd.student_loss`, and what else the recipe asks for."""
     if recipe.adv_warmup:
         share = min(1.0, (b.iteration + 1) / recipe.adv_warmup)
         recipe = dataclasses.replace(recipe, adv_weight=share * recipe.adv_weight)
-    if recipe.loss in GAMES:
-        logits = state.heads(fake, b.t_hat, world.head_cond(b.cond), b.t)
-        metrics = {"student_loss": ladd.mean_over_heads(GAMES[recipe.loss][1], logits)}
-        metrics["distill_loss"] = ladd.distillation_loss(state, world, recipe, b, x0_hat)
-        loss = recipe.adv_weight * metrics["student_loss"]
-        loss = loss + recipe.distill_weight * metrics["distill_loss"]
-    else:
-        loss, metrics = ladd.student_loss(state, world, recipe, b, real, fake, x0_hat)
+    loss, metrics = ladd.student_loss(state, world, recipe, b, real, fake, x0_hat)
     if recipe.score_weight:
         metrics["score_loss"] = score_loss(world, recipe, b, x0_hat)
         loss = loss + recipe.score_weight * metrics["score_loss"]
@@ -184,6 +180,29 @@ class AddWorld(ToyWorld):
         return ladd.tapped(self.classifier, "01234", lambda: self.classifier(x_t))
 
 
+class NormedHead(ladd.Head):
+    """A head with GroupNorm in place of constants, which most implementations have."""
+
+    def __init__(self, channels, size, width, emb):
+        super().__init__(channels, size, width, emb)
+        self.norm0 = nn.GroupNorm(math.gcd(8, channels), channels)
+        self.norm1 = nn.GroupNorm(8, width, affine=False)
+        self.norm2 = nn.GroupNorm(8, width, affine=False)
+
+    def forward(self, f, emb):
+        scale1, shift1, scale2, shift2 = self.film(emb)[:, :, None, None].chunk(4, dim=1)
+        h = F.silu(self.norm1(self.conv1(self.norm0(f))) * (1 + scale1) + shift1)
+        h = F.silu(self.norm2(self.conv2(h)) * (1 + scale2) + shift2)
+        return self.out(h)[:, 0]
+
+
+class NormedWorld(ToyWorld):
+    """The toy with such heads."""
+
+    def make_heads(self, *args):
+        return ladd.Heads(*args, head=NormedHead)
+
+
 class DataWorld(ToyWorld):
     """The toy with digits of MNIST as its samples, each painted once. No noise made them."""
 
@@ -198,6 +217,7 @@ class DataWorld(ToyWorld):
         return x0, label, None, real
 
 
+WORLDS = {"toy": ToyWorld, "add": AddWorld, "data": DataWorld, "normed": NormedWorld}
 SAMPLERS = {  # of the teacher; a setting with one of them as its world trains nothing
     "Euler on EDM's grid": lambda v, z, n, y: ladd.sample_euler(v, z, time_grid(n), y),
     "Euler evenly": lambda v, z, n, y: ladd.sample_euler(v, z, [1 - k / n for k in range(n)], y),
@@ -225,12 +245,11 @@ class Setting:
     group: str
     changes: dict  # of the recipe, from BASE
     note: str = ""
-    world: str = "toy"  # "toy", "add", "data", or one of SAMPLERS
+    world: str = "toy"  # a key of WORLDS, or one of SAMPLERS
     against: str = "baseline"  # the setting that the tables compare it with
 
     def make_world(self, recipe, options):
-        kinds = {"add": AddWorld, "data": DataWorld}
-        return kinds.get(self.world, ToyWorld)(recipe, options, options.device)
+        return WORLDS.get(self.world, ToyWorld)(recipe, options, options.device)
 
 
 def recipe_for(setting, budget, seed):
@@ -241,47 +260,48 @@ def recipe_for(setting, budget, seed):
     return dataclasses.replace(recipe, samples=min(recipe.samples, most))
 
 
-def departures(recipe):
-    """The fields in which a recipe of the toy differs from BASE, with its values."""
-    return {name: new for name, (_, new) in ladd.diff(Ablation(**vars(recipe)), BASE).items()}
-
-
-# The validated recipe as it stood when the settings were run, without a target for fresh noise.
-BASE = dataclasses.replace(Ablation(**vars(TOY)), distill_fresh=0, distill_power=0.0)
-FRESH = {"paired_share": 0.0, "backward_simulation": False}  # leaves t < 1 to the squared error
+BASE = Ablation(**vars(TOY))  # the validated recipe
 SWEEPS = {  # field: {name of the setting: value}
-    "head_lr": {"lr-ratio-2": 4e-4, "lr-ratio-20": 4e-3},  # the student's is 2e-4
-    "loss": {"hinge": "hinge", "non-saturating": "nonsaturating"},
-    "r1_weight": {"exact-r1": 0.1},  # an iteration takes thrice as long
-    "approximate_r1": {"approximate-r1": 100.0},  # weight of APT
-    "gen_every": {"gen-every-3": 3, "gen-every-5": 5},  # as many iterations: fewer updates
-    "renoise_mean": {"renoise-low": -0.5, "renoise-middle": 0.5},
-    "batch": {"batch-2": 2, "batch-16": 16},  # as many iterations: fewer samples, and less time
-    "taps": {"taps-encoder": TAPS[:2], "taps-middle": TAPS[2:3], "taps-decoder": TAPS[3:]},
-    "share_noise": {"noise-not-shared": False},
-    "misaligned": {"misaligned-pairs": 1.0},
+    "misaligned_weight": {"no-misaligned-pairs": 0.0},
+    "anchor_weight": {"no-anchor": 0.0},
+    "penalty_weight": {"no-penalty": 0.0},
+    "renoise_mean": {"renoise-low": -1.0, "renoise-high": 1.0},
+    "renoise_std": {"renoise-narrow": 1.0},
     "backward_simulation": {"no-backward-simulation": False},  # x0 is then noised
-    "heads_first": {"heads-first": True},
-    "time_probs": {"times-uniform": (0.25,) * 4},
-    "guidance": {"guidance-1": 1.0, "guidance-4": 4.0},
-    "samples": {"samples-1000": 1000, "samples-50000": 50_000},
-    "ema_half_life": {"no-average": 0.0},
-    "head_width": {"heads-narrow": 32, "heads-wide": 128},
+    "heads_see_t": {"heads-not-told-t": False},
+    "share_noise": {"noise-not-shared": False},
     "paired_share": {"paired-0": 0.0, "paired-1": 1.0},  # at 0 nothing is left to the squared error
     "adv_weight": {"adversarial-0": 0.0, "adversarial-1": 1.0},
-    "heads_see_t": {"heads-not-told-t": False},
+    "loss": {"relativistic": "relativistic", "non-saturating": "nonsaturating"},
+    "head_width": {"heads-narrow": 64},
+    "head_lr": {"lr-ratio-2": 2 * TOY.student_lr, "lr-ratio-20": 20 * TOY.student_lr},
+    "time_probs": {"times-uniform": (0.25,) * 4},
+    "taps": {"taps-encoder": TAPS[:2], "taps-middle": TAPS[2:3], "taps-decoder": TAPS[3:]},
+    "samples": {"samples-1000": 1000, "samples-50000": 50_000},
+    "guidance": {"guidance-1": 1.0, "guidance-4": 4.0},
+    "gen_every": {"gen-every-3": 3, "gen-every-5": 5},  # as many iterations: fewer updates
+    "batch": {"batch-2": 2, "batch-16": 16},  # as many iterations: fewer samples, and less time
+    "ema_half_life": {"no-average": 0.0},
+    "exact_r1": {"exact-r1": 0.1},  # an iteration takes thrice as long
+    "approximate_r1": {"approximate-r1": 100.0},  # weight of APT
 }
 CHANGES = {name: {k: v} for k, values in SWEEPS.items() for name, v in values.items()}
 CHANGES |= {"wasserstein": {"loss": "wasserstein", "gradient_penalty": 1.0}}
-CHANGES |= {"fresh-noise": FRESH, "fresh-target": departures(TOY), "paper": departures(PAPER)}
+CHANGES |= {"ladd": {name: new for name, (_, new) in ladd.diff(RECIPES["ladd"], TOY).items()}}
+# The paper's method: hinge, its times and probabilities, t_hat ~ LogitNormal(1, 1) drawn for each
+# side by itself, the adversarial loss alone. The paper gives no learning rates, heads or average.
+PAPER = ToyRecipe(taps=TAPS, warmup=50, share_noise=False)
+OPEN = ("iterations", "samples", "samples_seed")  # the budget's
+PAPER = {name: new for name, (_, new) in ladd.diff(PAPER, TOY).items() if name not in OPEN}
 ABLATIONS = [
-    Setting("baseline", "ablations", {}, "the validated recipe, without a target for fresh noise"),
+    Setting("baseline", "ablations", {}, "the validated recipe"),
     *[Setting(name, "ablations", changes) for name, changes in CHANGES.items()],
-    Setting("real-data", "ablations", FRESH, "digits of MNIST as samples", "data", "fresh-noise"),
+    Setting("real-data", "ablations", CHANGES["ladd"], "digits of MNIST as real", "data", "ladd"),
+    Setting("paper", "ablations", PAPER, "the paper's method", "normed"),
 ]
 
 # What the report states for all of its experiments; the rest is the paper's method.
-REPORT = {**departures(PAPER), "guidance": 4.0, "guidance_low": 0.0, "guidance_high": 1.0}
+REPORT = {**PAPER, "guidance": 4.0, "guidance_low": 0.0, "guidance_high": 1.0}
 REPORT |= {"student_lr": 1e-4, "head_lr": 5e-5, "adv_weight": 0.1, "distill_weight": 1.0}
 NINE = ("enc.0", "enc.1", "enc.2", "enc.3", "mid.1", "dec.0", "dec.1", "dec.2", "dec.3")
 KEPT = {  # of each experiment, what was not kept, and what the report leaves open besides
@@ -296,8 +316,9 @@ KEPT = {  # of each experiment, what was not kept, and what the report leaves op
 def experiment(number, rescue=("paired_share", 1.0), **changes):
     """An experiment of the report, and the same with one change to save it."""
     name, changes = f"experiment-{number}", {**REPORT, **changes}
-    yield Setting(name, "experiments", changes, KEPT[number])
-    yield Setting(f"{name}-rescue", "experiments", {**changes, rescue[0]: rescue[1]}, against=name)
+    yield Setting(name, "experiments", changes, KEPT[number], "normed")
+    rescued = {**changes, rescue[0]: rescue[1]}
+    yield Setting(f"{name}-rescue", "experiments", rescued, "", "normed", name)
 
 
 EXPERIMENTS = [
@@ -309,8 +330,8 @@ EXPERIMENTS = [
 ]
 
 CLEAN = {"renoise_mean": -10.0, "renoise_std": 0.0}  # t_hat = sigmoid(-10): no noise
-ADD = {**CLEAN, **FRESH, "loss": "hinge", "r1_weight": 1e-5, "heads_see_t": False, "warmup": 0}
-ADD |= {"time_probs": (0.25,) * 4, "adv_weight": 1.0, "distill_weight": 0.0, "score_weight": 2.5}
+ADD = {**PAPER, **CLEAN, "exact_r1": 1e-5, "warmup": 0, "time_probs": (0.25,) * 4}
+ADD |= {"student_lr": TOY.student_lr, "head_lr": TOY.head_lr, "score_weight": 2.5}
 PEERS = [
     *[Setting(f"teacher, {name}", "peers", {}, world=name) for name in SAMPLERS],
     Setting("regression", "peers", {"adv_weight": 0.0, "paired_share": 1.0}, "no adversarial loss"),

@@ -27,8 +27,6 @@ single seed in common. The alarm is the toy's for collapse, looked for after eac
 iterations and listed by seed (– = never; early on, a student that can't draw digits yet sets it off
 too); "collapsed" counts the runs that show it at their end. Seconds (of training) and ms per image
 are the least over the seeds, on whatever else the machine was doing.
-
-![benchmark](benchmark.png)
 """
 
 
@@ -165,7 +163,7 @@ def draw(path, runs):
 def write(folder, lines):
     """Both files. The picture is of the budget that was run last."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = [INTRODUCTION]
+    text = [INTRODUCTION, "![benchmark](benchmark.png)\n" if lines else "Nothing was run yet.\n"]
     for budget in {json.dumps(line["budget"]): line["budget"] for line in lines}.values():
         runs = {name: found(lines, setting, budget) for name, setting in SETTINGS.items()}
         text += section(budget, runs)

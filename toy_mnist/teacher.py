@@ -79,13 +79,9 @@ def train(velocity, data, args):
         model, optimizer = get_state_dict(velocity, opt)
         return {"model": model, "opt": optimizer, "ema": ema.mean, "step": step}
 
-    start, newest = 0, ladd.newest_checkpoint(args.run)
-    if newest:
-        print(f"going on from {newest}")
-        loaded = ladd.load_checkpoint(newest, snapshot(0))  # fills the average in place
-        models = {"model_state_dict": loaded["model"], "optim_state_dict": loaded["opt"]}
-        set_state_dict(velocity, opt, **models)
-        start = loaded["step"]
+    loaded, start = ladd.load_checkpoint(args.run, snapshot(0))  # fills the average in place
+    models = {"model_state_dict": loaded["model"], "optim_state_dict": loaded["opt"]}
+    set_state_dict(velocity, opt, **models)
     window = []
     bar = progress(range(start, args.steps), "train", initial=start, total=args.steps)
     for step in bar:

@@ -7,6 +7,7 @@ the noise keyed by (seed, i), so the noise is not stored. Per sample k of a shar
 mean over a caption's tokens, and, where asked for, vector.clip [n, D] float32.
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -103,16 +104,19 @@ def read_manifest(folder):
     """The manifest of a data folder; UserError where there is none, or another kind."""
     path, way_out = Path(folder) / "manifest.json", "name a folder that zimage.precompute made"
     check(path.exists(), f"--data {folder}: holds no manifest.json; {way_out}")
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    check(manifest.get("kind") == KIND, f"--data {folder}: its manifest is no '{KIND}'; {way_out}")
-    return manifest
+    with contextlib.suppress(ValueError):
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(manifest, dict) and manifest.get("kind") == KIND:
+            return manifest
+    raise UserError(f"--data {folder}: its manifest is no '{KIND}'; {way_out}")
 
 
 def is_whole(folder, shard, made_of):
     """Is this planned shard there, not cut off, and made of this? Its header is read alone."""
     try:
-        about = ladd.read_about(Path(folder) / shard["name"])
-    except (UserError, OSError, SafetensorError):
+        with safe_open(Path(folder) / shard["name"], "pt") as f:
+            about = json.loads(f.metadata()["about"])
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError):
         return False
     return about == {"kind": SHARD_KIND, "made_of": made_of, **shard}
 

@@ -108,9 +108,9 @@ def shares(recipe, n, student_turn):
     mean over the draws. Where none does, the core lets one."""
     probs = dict(zip(recipe.times, recipe.time_probs, strict=True))
     later = [sum(probs[t] for t in probs if t < start) for start in recipe.times[:-1]]
-    found = [p + (1 - p) ** n / n for p in later] * recipe.backward_simulation
-    fresh = student_turn and recipe.distill_weight and recipe.distill_fresh
-    return found + [max(1 - recipe.paired_share, 1 / n)] * bool(fresh)
+    found = [p + (1 - p) ** n / n for p in later]
+    anchor = found[:1] * bool(student_turn and recipe.anchor_weight)
+    return found * recipe.backward_simulation + anchor
 
 
 def trace(recipe, options, n, student_turn=True, config=None):
@@ -124,7 +124,7 @@ def trace(recipe, options, n, student_turn=True, config=None):
     world = object.__new__(ZImageWorld)  # opens no file
     world.recipe, world.options = recipe, argparse.Namespace(**{**vars(options), "compile": False})
     world.device, world.dtype = torch.device("cpu"), torch.bfloat16
-    world.whole_teacher = bool(recipe.distill_weight and recipe.distill_fresh)
+    world.whole_teacher = bool(recipe.anchor_weight)
     world.data = argparse.Namespace(about={"guidance": 5.0})
     found = Trace(itertools.cycle(shares(recipe, n, student_turn)))
     mesh = fsdp.init_device_mesh("cpu", (options.gpus,))  # which fake tensors can't make

@@ -114,8 +114,7 @@ class ZImageWorld(ladd.World):
         fsdp.start_alone(device)
         # Rank 0 draws the grids.
         self.vae = adapter.load_vae(folder, self.dtype, device) if ladd.rank() == 0 else None
-        # Only `distill_fresh` asks where the guided teacher goes; else the teacher is only tapped.
-        self.whole_teacher = bool(recipe.distill_weight and recipe.distill_fresh)
+        self.whole_teacher = bool(recipe.anchor_weight)  # else it is only tapped
         if self.whole_teacher:
             self.nothing = ladd.on_rank0(lambda: self.encode_nothing(folder)).to(device)
         sharded = options.teacher_sharded
@@ -186,15 +185,13 @@ class ZImageWorld(ladd.World):
         x0, cond, noise = self.data.read(start, count, self.recipe.batch, self.recipe.seed)
         return x0, cond, noise, x0
 
-    def teacher_from(self, x_t, t, cond, steps):
-        """Where the teacher goes, under the guidance that its samples were made with."""
+    def anchor(self, x_t, t, cond):
+        """The teacher's velocity, under the guidance that its samples were made with. 2 F"""
 
         def no_prompt(cond):
             return adapter.Prompts([self.nothing] * len(cond), cond.vector)
 
-        velocity = ladd.guided(self.teacher, no_prompt, self.data.about["guidance"])
-        times = [t * (1 - k / steps) for k in range(steps)]
-        return ladd.sample_euler(velocity, x_t / t, times, cond)
+        return ladd.guided(self.teacher, no_prompt, self.data.about["guidance"])(x_t, t, cond)
 
     def fingerprint(self):
         made_of = {f"latents.{k}": v for k, v in self.data.about.items()}
