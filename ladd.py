@@ -418,37 +418,48 @@ def read_batch(world, recipe, iteration, start, count, device):
 
 
 def train_step(state, world, recipe, i, micro_batch=None, losses=None):
-    """Iteration i: add up the gradients of all micro-batches, then step both optimizers.
+    """Iteration i: a step of the heads, then a step of the student against these newer heads.
 
-    Heads and student share one pass of the teacher. Both gradients come from the heads as they were
-    when the iteration began, so k micro-batches of n give what one of k n gives. (To step the heads
-    first is the usual alternative.) Returns metrics.
+    A step takes the gradients of all micro-batches added up, so k of n samples give what one of k n
+    gives. With one micro-batch the student's turn uses the teacher's pass of the heads' turn; with
+    more it repeats that pass, for 2 F. Returns metrics.
     losses: what takes the place of `heads_loss` and `student_loss`.
     """
     loss_of_heads, loss_of_student = losses or (heads_loss, student_loss)
     student_turn = updates_student(recipe, i)
     n = recipe.batch // world_size()  # this rank's part of the joint batch
     size, metrics = micro_batch or n, {}
-    for start in range(rank() * n, (rank() + 1) * n, size):
-        b = read_batch(world, recipe, i, start, size, state.device)
-        b.x_t = student_input(state.student, recipe, b)
-        with torch.set_grad_enabled(student_turn):
-            x0_hat = velocity_to_x0(b.x_t, state.student(b.x_t, b.t, b.cond), b.t)
-            fake = world.features(interpolate(x0_hat, b.eps_hat, b.t_hat), b.t_hat, b.cond)
-        with torch.no_grad():
-            real = world.features(interpolate(b.real, b.eps_real, b.t_real), b.t_real, b.cond)
 
-        loss, values = loss_of_heads(state, world, recipe, b, real, [f.detach() for f in fake])
+    def backward(loss, values):
         (loss * size / n).backward()
-        if student_turn:
-            state.heads.requires_grad_(False)
-            loss, more = loss_of_student(state, world, recipe, b, real, fake, x0_hat)
-            (loss * size / n).backward()  # through the heads and the teacher to the student
-            state.heads.requires_grad_(True)
-            values = {**values, **more}
         for name, value in values.items():
             metrics[name] = metrics.get(name, 0) + value.detach() * size / n
-    return {**metrics, **clip_and_step(state, recipe, i)}
+
+    starts = range(rank() * n, (rank() + 1) * n, size)
+    batches = [read_batch(world, recipe, i, start, size, state.device) for start in starts]
+    for b in batches:
+        b.x_t = student_input(state.student, recipe, b)
+        x0_hat, fake = guess(state.student, world, b, student_turn and size == n)
+        with torch.no_grad():
+            real = world.features(interpolate(b.real, b.eps_real, b.t_real), b.t_real, b.cond)
+        backward(*loss_of_heads(state, world, recipe, b, real, [f.detach() for f in fake]))
+    norms = {"heads_grad_norm": clip_and_step(state, recipe, i, "heads")}
+    if student_turn:
+        state.heads.requires_grad_(False)
+        for b in batches:
+            if size < n:
+                x0_hat, fake = guess(state.student, world, b, True)
+            backward(*loss_of_student(state, world, recipe, b, fake, x0_hat))
+        state.heads.requires_grad_(True)
+        norms["student_grad_norm"] = clip_and_step(state, recipe, i, "student")
+    return {**metrics, **norms, "skipped": count_skipped(state, i, norms)}
+
+
+def guess(student, world, b, grad):
+    """The student's guess x0_hat [B, ...], and the teacher's maps of it, re-noised."""
+    with torch.set_grad_enabled(grad):
+        x0_hat = velocity_to_x0(b.x_t, student(b.x_t, b.t, b.cond), b.t)
+        return x0_hat, world.features(interpolate(x0_hat, b.eps_hat, b.t_hat), b.t_hat, b.cond)
 
 
 def student_input(student, recipe, b):
@@ -491,16 +502,17 @@ def heads_loss(state, world, recipe, b, real, fake):
         metrics["penalty"] = r1 + r2
         loss = loss + recipe.penalty_weight * metrics["penalty"]
     if recipe.misaligned_weight:
-        metrics["misaligned_loss"] = misaligned_loss(state, world, recipe, b)
+        metrics["misaligned_loss"] = misaligned_loss(state, world, recipe, b, real_logits)
         loss = loss + recipe.misaligned_weight * metrics["misaligned_loss"]
     return loss, metrics
 
 
-def misaligned_loss(state, world, recipe, b):
-    """Real samples under another sample's condition, as fakes: ties the heads to the condition.
+def misaligned_loss(state, world, recipe, b, real_logits):
+    """softplus(wrong - right): a real sample scores less under another sample's condition.
 
-    (SANA-Sprint, arXiv 2503.09641.) Neighbours in the joint batch lend each other their conditions.
-    The teacher is given the wrong one too, or the heads would merely compare two conditions.
+    This ties the heads to the condition (misaligned pairs, SANA-Sprint, arXiv 2503.09641). The
+    other sample is the neighbour in the joint batch. The teacher is given the wrong condition too,
+    or the heads would merely compare two conditions.
     """
     wrong = b.cond[(b.index ^ 1) - b.index[0]]
     told = world.head_cond(wrong)
@@ -508,13 +520,14 @@ def misaligned_loss(state, world, recipe, b):
     with torch.no_grad():
         maps = world.features(interpolate(b.real, b.eps_real, b.t_real), b.t_real, wrong)
     logits = state.heads(maps, b.t_real, told, b.t)
-    return mean_over_heads(lambda f: F.relu(1 + f) * expand(differs, f), logits)
+    pairs = logits, real_logits
+    return mean_over_heads(lambda w, r: F.softplus(w - r) * expand(differs, w), *pairs)
 
 
-def student_loss(state, world, recipe, b, real, fake, x0_hat):
+def student_loss(state, world, recipe, b, fake, x0_hat):
     """The loss of the student, and metrics. The heads are frozen meanwhile.
 
-    fake: maps [B, C, H, W] per tap, with gradient to the guess x0_hat [B, ...]. real: without.
+    fake: maps [B, C, H, W] per tap, with gradient to the guess x0_hat [B, ...].
     """
     logits = state.heads(fake, b.t_hat, world.head_cond(b.cond), b.t)
     metrics = {"student_loss": mean_over_heads(LOSSES[recipe.loss][1], b.real_logits, logits)}
@@ -579,33 +592,32 @@ def learning_rate(recipe, i, student):
     return scale * (recipe.student_lr if student else recipe.head_lr)
 
 
-def clip_and_step(state, recipe, i):
-    """Clip the gradients, step the optimizers, update the average. Returns the gradient norms.
+def clip_and_step(state, recipe, i, name):
+    """Clip the gradients of the "heads" or the "student", and step. Returns their norm.
 
-    A non-finite gradient on any rank leaves the whole update out. UserError at the third in a row.
+    A gradient that is not finite, on any rank, leaves the step out.
     """
-    parts = {"heads": (state.heads, state.heads_opt)}
-    if updates_student(recipe, i):
-        parts["student"] = (state.student, state.student_opt)
-    metrics = {}
-    for name, (model, _) in parts.items():
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        mean_over_ranks_([g for g in grads if not hasattr(g, "full_tensor")])  # FSDP's are averaged
-        norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        metrics[f"{name}_grad_norm"] = float(norm)
-    finite = all(map(math.isfinite, metrics.values()))
-    for name, (_, opt) in parts.items():
-        opt.param_groups[0]["lr"] = learning_rate(recipe, i, name == "student")
-        if finite:
-            opt.step()
-        opt.zero_grad(set_to_none=True)
-    if finite and "student" in parts:
-        state.ema.update(state.student, (i + 1) * recipe.batch, recipe.gen_every * recipe.batch)
+    model, opt = getattr(state, name), getattr(state, f"{name}_opt")
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    mean_over_ranks_([g for g in grads if not hasattr(g, "full_tensor")])  # FSDP's are averaged
+    norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    opt.param_groups[0]["lr"] = learning_rate(recipe, i, name == "student")
+    if math.isfinite(norm):
+        opt.step()
+        if name == "student":
+            state.ema.update(model, (i + 1) * recipe.batch, recipe.gen_every * recipe.batch)
+    opt.zero_grad(set_to_none=True)
+    return norm
+
+
+def count_skipped(state, i, norms):
+    """Was a step left out? 1.0 or 0.0. UserError at the third such iteration in a row."""
+    finite = all(map(math.isfinite, norms.values()))
     state.skipped = 0 if finite else state.skipped + 1
     way_out = "start a new run with a lower student_lr or head_lr"
     check(state.skipped < 3, f"iteration {i}: three non-finite gradients in a row: {way_out}")
-    return {**metrics, "skipped": float(not finite)}
+    return float(not finite)
 
 
 # ---- 9. The world, which a run asks for data and judgement; the state, which it changes ----------
@@ -702,7 +714,7 @@ class State:
         self.student_opt = adamw(self.student, recipe)
         self.heads_opt = adamw(self.heads, recipe)
         self.ema = EMA(self.student, recipe.ema_half_life, recipe.ema_ramp)
-        self.skipped = 0  # updates left out in a row, for non-finite gradients
+        self.skipped = 0  # iterations in a row with a step left out, for non-finite gradients
         self.best = math.inf  # the best score so far
 
     @contextlib.contextmanager

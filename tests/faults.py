@@ -120,11 +120,9 @@ FAULTS = [
         3,
         "the student is rounded to bfloat16 after each step",
         "ladd.py",
-        "            opt.step()\n        opt.zero_grad(set_to_none=True)\n    if finite and",
-        "            opt.step()\n"
-        "            for p in model.parameters():\n"
-        "                p.data.copy_(p.data.bfloat16())\n"
-        "        opt.zero_grad(set_to_none=True)\n    if finite and",
+        "        opt.step()\n        if name ==",
+        "        opt.step()\n        for p in model.parameters():\n"
+        "            p.data.copy_(p.data.bfloat16())\n        if name ==",
         "test_method.py::test_tiny_steps_are_not_lost_to_rounding",
     ),
     Fault(
@@ -188,18 +186,18 @@ FAULTS = [
     # 6
     Fault(
         6,
-        "the heads' loss is not divided by the micro-batches",
+        "losses are not divided by the micro-batches",
         "ladd.py",
-        "        (loss * size / n).backward()\n        if student_turn:",
-        "        loss.backward()\n        if student_turn:",
+        "        (loss * size / n).backward()",
+        "        loss.backward()",
         "test_method.py::test_micro_batches_add_up_before_a_single_step",
     ),
     Fault(
         6,
-        "the student's loss is not divided by the micro-batches",
+        "metrics are not divided by the micro-batches",
         "ladd.py",
-        "(loss * size / n).backward()  # through",
-        "loss.backward()  # through",
+        "metrics.get(name, 0) + value.detach() * size / n",
+        "metrics.get(name, 0) + value.detach()",
         "test_method.py::test_micro_batches_add_up_before_a_single_step",
     ),
     Fault(
@@ -225,8 +223,8 @@ FAULTS = [
         7,
         "every rank takes the first part of a batch",
         "ladd.py",
-        "for start in range(rank() * n, (rank() + 1) * n, size):",
-        "for start in range(0, n, size):",
+        "starts = range(rank() * n, (rank() + 1) * n, size)",
+        "starts = range(0, n, size)",
         "test_run.py::test_ranks_share_a_batch_and_take_the_gradients_of_one",
     ),
     # 8
@@ -259,8 +257,8 @@ FAULTS = [
         9,
         "no condition for the student",
         "ladd.py",
-        "state.student(b.x_t, b.t, b.cond)",
-        "state.student(b.x_t, b.t, 0 * b.cond)",
+        "student(b.x_t, b.t, b.cond)",
+        "student(b.x_t, b.t, 0 * b.cond)",
         "test_method.py::test_the_iteration_against_an_independent_one",
     ),
     Fault(
@@ -408,20 +406,20 @@ FAULTS = [
     # 16
     Fault(
         16,
-        "the heads step before the student's loss",
+        "the heads step with the student, and are cleared before",
         "ladd.py",
-        "            state.heads.requires_grad_(False)\n",
-        "            state.heads_opt.step()\n            state.heads.requires_grad_(False)\n",
+        '    norms = {"heads_grad_norm": clip_and_step(state, recipe, i, "heads")}\n',
+        "    norms = {}\n",
         "test_method.py::test_the_iteration_against_an_independent_one",
     ),
     Fault(
         16,
         "the student meets the heads of the first iteration",
         "ladd.py",
-        "            loss, more = loss_of_student(",
-        '            old = state.__dict__.setdefault("old", copy.deepcopy(state.heads))\n'
-        "            state.heads.load_state_dict(old.state_dict())\n"
-        "            loss, more = loss_of_student(",
+        "        state.heads.requires_grad_(False)\n",
+        '        old = state.__dict__.setdefault("old", copy.deepcopy(state.heads))\n'
+        "        state.heads.load_state_dict(old.state_dict())\n"
+        "        state.heads.requires_grad_(False)\n",
         "test_method.py::test_the_iteration_against_an_independent_one",
     ),
     # 17
@@ -431,15 +429,15 @@ FAULTS = [
         "ladd.py",
         "state.heads.requires_grad_(False)",
         "state.heads.requires_grad_(True)",
-        "test_method.py::test_the_students_backward_leaves_the_heads_gradients_alone",
+        "test_method.py::test_the_students_turn_leaves_the_heads_alone",
     ),
     Fault(
         17,
         "gradients are not cleared",
         "ladd.py",
-        "        opt.zero_grad(set_to_none=True)\n    if finite and",
-        "    if finite and",
-        "test_method.py::test_the_students_backward_leaves_the_heads_gradients_alone",
+        "    opt.zero_grad(set_to_none=True)\n    return norm",
+        "    return norm",
+        "test_method.py::test_the_students_turn_leaves_the_heads_alone",
     ),
     # 18
     Fault(
@@ -495,9 +493,9 @@ FAULTS = [
         0,
         "a step with a gradient that is not finite",
         "ladd.py",
-        "        if finite:\n            opt.step()",
-        "        if True:\n            opt.step()",
-        "test_method.py::test_a_gradient_that_is_not_finite_skips_both_updates_and_three_end_the_run",
+        "    if math.isfinite(norm):\n        opt.step()",
+        "    if True:\n        opt.step()",
+        "test_method.py::test_a_gradient_that_is_not_finite_skips_its_step_and_three_end_the_run",
     ),
     Fault(
         0,
@@ -505,14 +503,14 @@ FAULTS = [
         "ladd.py",
         "state.skipped = 0 if finite else state.skipped + 1",
         "state.skipped += not finite",
-        "test_method.py::test_a_gradient_that_is_not_finite_skips_both_updates_and_three_end_the_run",
+        "test_method.py::test_a_gradient_that_is_not_finite_skips_its_step_and_three_end_the_run",
     ),
     Fault(
         0,
         "no gradient from the features to the guess",
         "ladd.py",
-        "fake = world.features(interpolate(x0_hat, b.eps_hat",
-        "fake = world.features(interpolate(x0_hat.detach(), b.eps_hat",
+        "return x0_hat, world.features(interpolate(x0_hat, b.eps_hat",
+        "return x0_hat, world.features(interpolate(x0_hat.detach(), b.eps_hat",
         "test_method.py::test_the_iteration_against_an_independent_one",
     ),
     Fault(
@@ -784,8 +782,8 @@ FAULTS = [
         9,
         "misaligned pairs of equal conditions count too",
         "ladd.py",
-        "F.relu(1 + f) * expand(differs, f)",
-        "F.relu(1 + f)",
+        "F.softplus(w - r) * expand(differs, w)",
+        "F.softplus(w - r)",
         "test_method.py::test_the_iteration_against_an_independent_one",
     ),
     Fault(

@@ -82,7 +82,7 @@ def test_games_and_the_warm_up_of_their_weight_by_hand(name):
     recipe, (b, _) = Ablation(loss=name, adv_warmup=4, distill_weight=3.0), make_batch()
     loss, metrics = settings.heads_loss(state, Echo(), recipe, b, real, fake)
     assert float(loss) == pytest.approx(sum(means[0]) / 2, rel=1e-6) and "accuracy/0" in metrics
-    loss, _ = settings.student_loss(state, Echo(), recipe, b, real, fake, b.x0 + 2)
+    loss, _ = settings.student_loss(state, Echo(), recipe, b, fake, b.x0 + 2)
     assert float(loss) == pytest.approx(2 / 4 * sum(means[1]) / 2 + 3 * 2**2, rel=1e-6)
 
 

@@ -503,6 +503,7 @@ FULL = {"penalty_weight": 5.0, "misaligned_weight": 0.5, "anchor_weight": 1.0, "
 FULL |= {"paired_share": 0.5, "distill_weight": 1.0, "distill_power": 2.0}
 FULL["backward_simulation"] = True
 FULL |= {"iterations": 6, "batch": 12, "share_noise": False, "clip": 1e9, "warmup": 0}
+FULL["head_lr"] = 0.0  # else AdamW's first step, of the gradient's sign, enlarges rounding
 
 
 def one_iteration(rank=0, folder=None):

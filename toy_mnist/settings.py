@@ -113,12 +113,12 @@ def in_float32(heads):
         heads.dtype = dtype
 
 
-def student_loss(state, world, recipe, b, real, fake, x0_hat):
+def student_loss(state, world, recipe, b, fake, x0_hat):
     """`ladd.student_loss`, and what else the recipe asks for."""
     if recipe.adv_warmup:
         share = min(1.0, (b.iteration + 1) / recipe.adv_warmup)
         recipe = dataclasses.replace(recipe, adv_weight=share * recipe.adv_weight)
-    loss, metrics = ladd.student_loss(state, world, recipe, b, real, fake, x0_hat)
+    loss, metrics = ladd.student_loss(state, world, recipe, b, fake, x0_hat)
     if recipe.score_weight:
         metrics["score_loss"] = score_loss(world, recipe, b, x0_hat)
         loss = loss + recipe.score_weight * metrics["score_loss"]
