@@ -1114,7 +1114,7 @@ def parse(argv):
     group.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
     group.add_argument("--sample", action="store_true", help="draw from the finished run --name")
     group.add_argument("--steps", type=int, default=0, help="steps of --sample (default: all)")
-    add_fields(group, Options())
+    add_fields(group, module.OPTIONS)
     group = parser.add_argument_group(f"the recipe, one of {', '.join(module.RECIPES)}")
     group.add_argument("--recipe", default="", help="by name, or another run's config.json")
     add_fields(group, next(iter(module.RECIPES.values())))
@@ -1203,7 +1203,7 @@ def distil(argv):
     world = module.make_world(recipe, options, device)
     if options.sample:
         return world.sample(options.run, options.steps or len(recipe.times))
-    run_options = Options(**given(options, Options))
+    run_options = dataclasses.replace(module.OPTIONS, **given(options, Options))
     run = options.run or on_rank0(lambda: numbered_folder(options.out))
     try:
         state = train(world, recipe, run, run_options)

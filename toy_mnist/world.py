@@ -19,7 +19,6 @@ from toy_mnist import progress, report
 from toy_mnist.edm import CUNet, EDMVelocity, null_cond, time_grid
 from toy_mnist.judge import WEIGHTS, Judge, load_file
 
-NAME = "toy"
 SHAPE = (3, 28, 28)
 CHUNK = 250  # images sampled at once
 PART = 500  # samples of the teacher between two writes of the cache
@@ -74,6 +73,7 @@ TOY = ToyRecipe(
 # LADD proper: the adversarial game alone, without stored noise or regression to a sample.
 GAME = {"adv_weight": 1.0, "paired_share": 0.0, "distill_weight": 0.0, "distill_power": 0.0}
 RECIPES = {"toy": TOY, "ladd": dataclasses.replace(TOY, **GAME)}
+OPTIONS = ladd.Options()
 
 
 def add_arguments(group):

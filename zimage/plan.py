@@ -7,7 +7,6 @@ counted. It needs no weights and no GPU, and writes nothing.
 
 import argparse
 import dataclasses
-import itertools
 from collections import Counter
 from unittest import mock
 
@@ -103,14 +102,14 @@ def storages(tensors):
             yield (t.to_local() if isinstance(t, DTensor) else t).untyped_storage()
 
 
-def shares(recipe, n, student_turn):
-    """Of a micro-batch of n samples, the share that takes part in each call made for some only: a
+def shares(recipe, n, parts, student_turn):
+    """Of micro-batches of n samples, the share that takes part in each call made for some only: a
     mean over the draws. Where none does, the core lets one."""
     probs = dict(zip(recipe.times, recipe.time_probs, strict=True))
     later = [sum(probs[t] for t in probs if t < start) for start in recipe.times[:-1]]
     found = [p + (1 - p) ** n / n for p in later]
-    anchor = found[:1] * bool(student_turn and recipe.anchor_weight)
-    return found * recipe.backward_simulation + anchor
+    steps = found * recipe.backward_simulation
+    return steps * parts + found[:1] * bool(student_turn and recipe.anchor_weight) * parts
 
 
 def trace(recipe, options, n, student_turn=True, config=None):
@@ -119,14 +118,15 @@ def trace(recipe, options, n, student_turn=True, config=None):
     one sample, and forward, those of one pass of the network."""
     from zimage.world import ZImageWorld  # which imports this module
 
-    samples = n * (min(2, recipe.batch // options.gpus // n) if student_turn else 1)
+    parts = min(2, recipe.batch // options.gpus // n) if student_turn else 1
+    samples = n * parts
     recipe = dataclasses.replace(recipe, batch=options.gpus * samples)
     world = object.__new__(ZImageWorld)  # opens no file
     world.recipe, world.options = recipe, argparse.Namespace(**{**vars(options), "compile": False})
     world.device, world.dtype = torch.device("cpu"), torch.bfloat16
     world.whole_teacher = bool(recipe.anchor_weight)
     world.data = argparse.Namespace(about={"guidance": 5.0})
-    found = Trace(itertools.cycle(shares(recipe, n, student_turn)))
+    found = Trace(shares(recipe, n, parts, student_turn))
     mesh = fsdp.init_device_mesh("cpu", (options.gpus,))  # which fake tensors can't make
     meshes = mock.patch.object(fsdp, "init_device_mesh", lambda *_: mesh)
     # DTensor finds out shapes on fake tensors of the whole size, which no rank ever holds.
@@ -181,7 +181,9 @@ def plan(recipe, options, config=None):
     part = recipe.batch / options.gpus
     why = f"batch = {recipe.batch}: give a multiple of --gpus, two samples for each"
     ladd.check(part % 1 == 0 and part >= 2, why)
-    settings = ladd.Options(**ladd.given(options, ladd.Options))
+    from zimage.world import OPTIONS  # which imports this module
+
+    settings = dataclasses.replace(OPTIONS, **ladd.given(options, ladd.Options))
     n = settings.micro_batch or int(part)
     ladd.check(part % n == 0, f"--micro-batch {n}: give a divisor of batch / gpus = {part:g}")
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=options.gpus)

@@ -28,25 +28,40 @@ class ZImageRecipe(ladd.Recipe):
     lora_rank: int = field(0, "rank of a LoRA on the teacher's weights; 0 trains all weights")
 
 
-# Put together from published reports and untested at scale: the learning rates, three updates of
-# the heads for one of the student, the taps, and m = 0.5 for t_hat (1 with CLIP's text vector).
+# The terms and weights of the toy's recipe. Untested at this size.
 ZIMAGE = ZImageRecipe(
-    iterations=20_000,
-    batch=32,
-    student_lr=5e-6,
-    head_lr=1e-5,
-    lr_decay="none",
-    gen_every=3,
-    renoise_mean=0.5,
-    taps=("5", "10", "15", "20", "25", "29"),
-    head_width=256,
+    iterations=20_000,  # a guess
+    batch=32,  # four per GPU on eight: a guess
+    warmup=0,  # the toy's, as all fields without a comment
+    time_probs=(0.5, 0.2, 0.15, 0.15),
+    renoise_mean=0.5,  # the best of a published sweep, with this text vector
+    renoise_std=1.5,
+    student_lr=5e-6,  # the best of that sweep
+    head_lr=5e-5,  # ten times as fast, as in the toy: a guess
+    lr_warmup=200,  # a guess
+    adv_weight=0.5,
+    penalty_weight=5.0,
+    misaligned_weight=0.5,
+    anchor_weight=1.0,
+    paired_share=0.5,
+    distill_weight=1.0,
+    distill_power=2.0,
+    backward_simulation=True,
+    taps=("5", "10", "15", "20", "25", "29"),  # the published report's
+    head_width=256,  # likewise
+    heads_see_t=True,
 )
+GAME = {"adv_weight": 1.0, "paired_share": 0.0, "distill_weight": 0.0, "distill_power": 0.0}
 RECIPES = {
     "zimage": ZIMAGE,
-    "zimage-clip": dataclasses.replace(ZIMAGE, text_vector="clip", renoise_mean=1.0),
+    "zimage-ladd": dataclasses.replace(ZIMAGE, **GAME),  # the game alone, as the toy's `ladd`
+    "zimage-clip": dataclasses.replace(ZIMAGE, text_vector="clip", renoise_mean=1.0),  # that sweep
     # Ten times the learning rates: a guess.
-    "zimage-lora": dataclasses.replace(ZIMAGE, lora_rank=64, student_lr=5e-5, head_lr=1e-4),
+    "zimage-lora": dataclasses.replace(ZIMAGE, lora_rank=64, student_lr=5e-5, head_lr=5e-4),
 }
+# A checkpoint of the full student is 98 GB: at these intervals writing and judging take a few
+# hundredths of the run, see --plan.
+OPTIONS = ladd.Options(evaluate_every=2000, checkpoint_every=4000)
 
 
 def add_arguments(group):
