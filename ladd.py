@@ -795,7 +795,7 @@ def train(world, recipe, run, options=None, losses=None):
     Works from a script, a notebook or a thread. UserError where the run can't start or go on.
     losses: as in `train_step`.
     """
-    options, run = options or Options(), Path(run).expanduser()
+    options, run = options or Options(), Path(os.path.expanduser(run))
     part = recipe.batch / world_size()
     size = options.micro_batch or part
     way_out = "give a multiple of the ranks, at least two samples for each"

@@ -144,3 +144,5 @@ def test_the_page_adds_up_and_writes_nothing(tmp_path, monkeypatch):
     assert rows["micro-batch 4 fits; largest:"] == ["8"] and not list(tmp_path.iterdir())
     with pytest.raises(ladd.UserError, match="give a multiple of --gpus"):
         plan.plan(RECIPE, options("--gpus 3"), CONFIG)
+    with pytest.raises(ladd.UserError, match="'foo'.* is no layer"):
+        plan.plan(dataclasses.replace(RECIPE, taps=("foo",)), options(""), CONFIG)

@@ -116,7 +116,7 @@ def trace(recipe, options, n, student_turn=True, config=None):
     """One rank's iteration by micro-batches of n samples: two of them, since later ones need no
     more memory. config: of a transformer; by default Z-Image's own. Returns a `Trace` with flops of
     one sample, and forward, those of one pass of the network."""
-    from zimage.world import ZImageWorld  # which imports this module
+    from zimage.world import ZImageWorld, check_taps  # which imports this module
 
     parts = min(2, recipe.batch // options.gpus // n) if student_turn else 1
     samples = n * parts
@@ -135,6 +135,7 @@ def trace(recipe, options, n, student_turn=True, config=None):
     shapes = mock.patch.object(ShardingPropagator, name, unseen)
     with FakeTensorMode(allow_non_fake_inputs=True), found, shapes, meshes:
         net = torch.nn.Module.to(fsdp.skeleton(config or {}), world.dtype)
+        check_taps(recipe.taps, len(net.layers))
         if options.teacher_sharded:
             fsdp.shard(net, world.device, world.dtype, reshard_after_forward=None)
         world.set_checkpointing(net.to_empty(device="cpu").eval().requires_grad_(False))

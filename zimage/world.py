@@ -99,6 +99,12 @@ def check_latents(x0):
     check(not noise, "--data: its latents look like pure noise; make them by zimage.precompute")
 
 
+def check_taps(taps, layers):
+    unknown = [name for name in taps if name not in map(str, range(layers))]
+    why = f"taps = {list(taps)}: {unknown[:1]} is no layer of this transformer"
+    check(taps and not unknown, f"{why}; give some of 0 .. {layers - 1}")
+
+
 class ZImageWorld(ladd.World):
     """Z-Image as teacher, its latents as data."""
 
@@ -120,10 +126,7 @@ class ZImageWorld(ladd.World):
         self.digest = adapter.model_fingerprint(folder)
         self.data.check_model(self.digest)
         config = fsdp.ZImageTransformer2DModel.load_config(folder / "transformer")
-        layers = [str(k) for k in range(config["n_layers"])]
-        unknown = [name for name in recipe.taps if name not in layers]
-        why = f"taps = {list(recipe.taps)}: {unknown[:1]} is no layer of this transformer"
-        check(recipe.taps and not unknown, f"{why}; give some of 0 .. {layers[-1]}")
+        check_taps(recipe.taps, config["n_layers"])
         self.check_memory(recipe, fsdp.skeleton(config))
 
         fsdp.start_alone(device)
