@@ -324,6 +324,7 @@ class Recipe:
     paired_share: float = field(0.0, "share of samples that get their stored noise", most=1)
     distill_weight: float = field(0.0, "weight of the squared error to the teacher's sample")
     distill_power: float = field(0.0, "divide that error by t to this power")
+    distill_own: bool = field(False, "target of other noise: the student's own last step, +2 F")
     backward_simulation: bool = field(False, "t < 1 starts from the student's own samples, +1 F")
     ema_half_life: float = field(10_000.0, "half-life of the average, in samples (0 = no average)")
     ema_ramp: float = field(0.1, "the half-life is at most this share of the samples so far")
@@ -466,17 +467,25 @@ def student_input(student, recipe, b):
     """x_t [B, ...], where the guess starts: the noised x0, or the student's own sample at t.
 
     Backward simulation (DMD2, arXiv 2405.14867, section 4.5) takes Euler steps from the noise to
-    each sample's t, as sampling does, without gradient.
+    each sample's t, as sampling does.
     """
     if not recipe.backward_simulation:
         return interpolate(b.x0, b.eps, b.t)
-    x = b.eps
-    for t, t_next in zip(recipe.times, recipe.times[1:], strict=False):
-        rows = rows_of(b.t < t)
-        with torch.no_grad():
-            v = student(x[rows], torch.full_like(b.t[rows], t), b.cond[rows])
+    times = recipe.times
+    return own_steps(student, b, b.eps, zip(times, times[1:], strict=False), lambda t: b.t < t)
+
+
+@torch.no_grad()
+def own_steps(student, b, x, steps, takes):
+    """Where the student's Euler steps lead from x [B, ...], without gradient.
+
+    steps: pairs of a time and the next. takes(t): a mask [B] of the samples that take the step.
+    """
+    for t, t_next in steps:
+        rows = rows_of(takes(t))
+        v = student(x[rows], torch.full_like(b.t[rows], t), b.cond[rows])
         moved = x.index_copy(0, rows, x[rows] + (t_next - t) * v)
-        x = torch.where(expand(b.t < t, x), moved, x)
+        x = torch.where(expand(takes(t), x), moved, x)
     return x
 
 
@@ -533,7 +542,7 @@ def student_loss(state, world, recipe, b, fake, x0_hat):
     metrics = {"student_loss": mean_over_heads(LOSSES[recipe.loss][1], b.real_logits, logits)}
     loss = recipe.adv_weight * metrics["student_loss"]
     if recipe.distill_weight:
-        metrics["distill_loss"] = distillation_loss(recipe, b, x0_hat)
+        metrics["distill_loss"] = distillation_loss(state.student, recipe, b, x0_hat)
         loss = loss + recipe.distill_weight * metrics["distill_loss"]
     if recipe.anchor_weight:
         metrics["anchor_loss"] = anchor_loss(world, b, x0_hat)
@@ -541,11 +550,19 @@ def student_loss(state, world, recipe, b, fake, x0_hat):
     return loss, metrics
 
 
-def distillation_loss(recipe, b, x0_hat):
-    """DEPARTURE: squared error of the guess to the teacher's sample, where the input determines it:
-    from stored noise, or from a noised x0."""
+def distillation_loss(student, recipe, b, x0_hat):
+    """DEPARTURE: squared error of the guess to the sample that its input leads to.
+
+    A stored noise leads to the teacher's sample, and so does a noised x0. Of other noise it is
+    known only where the student's own further steps lead, which distill_own takes as the target.
+    """
     known = b.paired | ((b.t < 1) & (not recipe.backward_simulation))
-    error = (x0_hat - b.x0).square().flatten(1).mean(1) / b.t**recipe.distill_power  # [B]
+    target = b.x0
+    if recipe.distill_own:
+        steps = zip(recipe.times, [*recipe.times[1:], 0.0], strict=True)
+        own = own_steps(student, b, b.x_t, steps, lambda t: (b.t >= t) & ~known)
+        target, known = torch.where(expand(known, own), b.x0, own), torch.ones_like(known)
+    error = (x0_hat - target).square().flatten(1).mean(1) / b.t**recipe.distill_power  # [B]
     return (error * known).mean()
 
 

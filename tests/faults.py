@@ -693,8 +693,8 @@ FAULTS = [
         0,
         "a step of backward simulation too few",
         "ladd.py",
-        "rows = rows_of(b.t < t)",
-        "rows = rows_of(b.t < t_next)",
+        "lambda t: b.t < t)\n",
+        "lambda t: b.t + 0.2 < t)\n",
         "test_method.py::test_the_iteration_against_an_independent_one",
     ),
     Fault(
@@ -801,6 +801,14 @@ FAULTS = [
         "            self.heads.standardise(maps)\n",
         "",
         "test_method.py::test_a_state_standardises_its_heads",
+    ),
+    Fault(
+        0,
+        "the student's own end is one step short",
+        "ladd.py",
+        "[*recipe.times[1:], 0.0], strict=True)\n        own",
+        "[*recipe.times[1:], 0.1], strict=True)\n        own",
+        "test_method.py::test_the_iteration_against_an_independent_one",
     ),
 ]
 

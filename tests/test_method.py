@@ -71,9 +71,14 @@ def own_sample(student, world, recipe, b, k):
         x_t = eps
         for start, end in itertools.pairwise(recipe.times):
             x_t = move(student, x_t, start, end) if start > t else x_t
-    if not b.paired[k] and (t == 1 or recipe.backward_simulation):
+    if b.paired[k] or t < 1 and not recipe.backward_simulation:
+        return x_t, b.x0[one]
+    if not recipe.distill_own:
         return x_t, None  # this input says nothing of x0
-    return x_t, b.x0[one]
+    end = x_t
+    for start, stop in itertools.pairwise([*recipe.times, 0.0]):
+        end = move(student, end, start, stop) if start <= t else end
+    return x_t, end
 
 
 def own_iteration(student, heads, stepped, world, recipe, b):
@@ -146,6 +151,7 @@ def own_iteration(student, heads, stepped, world, recipe, b):
 GAME = {"penalty_weight": 5.0, "misaligned_weight": 0.5, "anchor_weight": 1.0}
 GAME |= {"heads_see_t": True, "backward_simulation": True}
 TOY = {**GAME, "adv_weight": 0.5, "paired_share": 0.5, "distill_weight": 1.0, "distill_power": 2.0}
+TOY["distill_own"] = True
 RECIPES = {
     "paper": {"share_noise": False},
     "hinge": {"heads_see_t": True, "gen_every": 2},
@@ -818,6 +824,7 @@ def test_the_students_turn_leaves_the_heads_alone(world, weight):
         ({"backward_simulation": True}, 4, 2, 2),
         ({"misaligned_weight": 0.5}, 1, 3, 3),
         ({"anchor_weight": 1.0}, 1, 2, 3),
+        ({"distill_weight": 1.0, "distill_own": True}, 1, 2, 2),
         (TOY, 4, 3, 4),
     ],
     ids=str,
@@ -839,14 +846,15 @@ def test_network_calls_per_iteration(world, changes, student, teacher, both):
         tiny.run_steps(state, world, recipe, [i])
         turn = i % 2 == 1
         names = [name for name, rows, _ in calls if rows > 0]
-        assert names.count("student") == student
+        own = 4 * turn * recipe.distill_own  # steps to a target
+        assert names.count("student") == student + own
         assert names.count("teacher") == (both if turn else teacher)
         assert [c for c in calls if c[2]] == [("student", 4, True), ("teacher", 4, True)] * turn
         assert ("teacher", 4, False) in calls and ("student", 4, turn) in calls
         calls.clear()
         ladd.train_step(state, world, recipe, i, 2)
         names = [name for name, rows, _ in calls]
-        assert names.count("student") == 2 * (student + turn)
+        assert names.count("student") == 2 * (student + turn + own)
         assert names.count("teacher") == 2 * (both + 1 if turn else teacher)
 
 

@@ -86,6 +86,22 @@ def test_a_world_of_ones_own_trains_as_it_stands(tmp_path, monkeypatch):
     assert ladd.checkpoints(tmp_path / "runs/mine")[-1].name == "step-0000002"
 
 
+def test_the_ring_of_docs_is_distilled_and_drawn(tmp_path, monkeypatch):
+    """As pasted into a notebook cell: in seconds the game alone brings one step to the ring."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    code = (ROOT / "docs" / "own_model.py").read_text()
+    assert code.index("# ---- The picture") and len(code.splitlines()) <= 90
+    assert code[: code.index("# ---- The picture")].count("\n") <= 61
+    names = {}
+    exec(code, names)
+    by_teacher = ladd.sample_student(names["teacher"], names["recipe"], names["noise"], None, 1)
+    far = [float((x.norm(dim=1) - 1).abs().mean()) for x in (names["seen"][900][1], by_teacher)]
+    assert far[0] < 0.1 and far[1] > 0.7
+    assert (tmp_path / "docs" / "own_model.png").stat().st_size > 20_000
+    assert not (tmp_path / "runs").exists()
+
+
 def anchors(text):
     """The anchors that GitHub gives to the headings of a page."""
     for title in re.findall(r"^#+ (.*)$", text, re.M):

@@ -412,8 +412,10 @@ def test_a_lora_run_ends_in_a_whole_student_and_in_a_lora_that_its_card_samples_
 EVEN = {"time_probs": (0.4, 0.2, 0.2, 0.2), "warmup": 0, "gen_every": 1, "batch": 12}
 EVEN["head_lr"] = 0.0  # else AdamW's first step, of the gradient's sign, enlarges rounding
 OFF = ("penalty_weight", "misaligned_weight", "anchor_weight", "distill_weight", "paired_share")
-EVEN |= {**dict.fromkeys(OFF, 0.0), "backward_simulation": False}
-SHIPPED = {name: getattr(zworld.ZIMAGE, name) for name in (*OFF, "backward_simulation")}
+EVEN |= {**dict.fromkeys(OFF, 0.0), "backward_simulation": False, "distill_own": False}
+SHIPPED = {
+    name: getattr(zworld.ZIMAGE, name) for name in (*OFF, "backward_simulation", "distill_own")
+}
 TERMS = {  # name: (recipe, is the teacher sharded)
     "as shipped": (SHIPPED, True),
     "hinge": ({}, False),

@@ -65,6 +65,7 @@ TOY = ToyRecipe(
     paired_share=0.5,
     distill_weight=1.0,
     distill_power=2.0,
+    distill_own=True,
     backward_simulation=True,
     ema_half_life=20_000.0,
     head_width=128,
@@ -72,6 +73,7 @@ TOY = ToyRecipe(
 )
 # LADD proper: the adversarial game alone, without stored noise or regression to a sample.
 GAME = {"adv_weight": 1.0, "paired_share": 0.0, "distill_weight": 0.0, "distill_power": 0.0}
+GAME["distill_own"] = False
 RECIPES = {"toy": TOY, "ladd": dataclasses.replace(TOY, **GAME)}
 OPTIONS = ladd.Options()
 

@@ -106,10 +106,13 @@ def shares(recipe, n, parts, student_turn):
     """Of micro-batches of n samples, the share that takes part in each call made for some only: a
     mean over the draws. Where none does, the core lets one."""
     probs = dict(zip(recipe.times, recipe.time_probs, strict=True))
-    later = [sum(probs[t] for t in probs if t < start) for start in recipe.times[:-1]]
-    found = [p + (1 - p) ** n / n for p in later]
-    steps = found * recipe.backward_simulation
-    return steps * parts + found[:1] * bool(student_turn and recipe.anchor_weight) * parts
+    before = [sum(probs[t] for t in probs if t < start) for start in recipe.times[:-1]]
+    other = 1 - recipe.paired_share
+    after = [other * sum(probs[t] for t in probs if t >= start) for start in recipe.times]
+    steps = before * recipe.backward_simulation * parts
+    own = after * bool(recipe.distill_weight and recipe.distill_own)
+    anchor = before[:1] * bool(recipe.anchor_weight)
+    return [p + (1 - p) ** n / n for p in steps + (own + anchor) * parts * student_turn]
 
 
 def trace(recipe, options, n, student_turn=True, config=None):

@@ -46,12 +46,14 @@ ZIMAGE = ZImageRecipe(
     paired_share=0.5,
     distill_weight=1.0,
     distill_power=2.0,
+    distill_own=True,
     backward_simulation=True,
     taps=("5", "10", "15", "20", "25", "29"),  # the published report's
     head_width=256,  # likewise
     heads_see_t=True,
 )
 GAME = {"adv_weight": 1.0, "paired_share": 0.0, "distill_weight": 0.0, "distill_power": 0.0}
+GAME["distill_own"] = False
 RECIPES = {
     "zimage": ZIMAGE,
     "zimage-ladd": dataclasses.replace(ZIMAGE, **GAME),  # the game alone, as the toy's `ladd`
