@@ -52,7 +52,7 @@ LENGTH = {"batch": 64, "warmup": 0, "taps": TAPS}
 # The validated recipe. The README says what each departure from the paper is for.
 TOY = ToyRecipe(
     **LENGTH,
-    iterations=1000,
+    iterations=850,
     time_probs=(0.5, 0.2, 0.15, 0.15),
     renoise_mean=0.0,
     renoise_std=1.5,
@@ -60,7 +60,7 @@ TOY = ToyRecipe(
     head_lr=2e-3,
     adv_weight=0.5,
     penalty_weight=5.0,
-    misaligned_weight=0.5,
+    misaligned_weight=0.25,
     anchor_weight=1.0,
     paired_share=0.5,
     distill_weight=1.0,
@@ -73,7 +73,7 @@ TOY = ToyRecipe(
 )
 # LADD proper: the adversarial game alone, without stored noise or regression to a sample.
 GAME = {"adv_weight": 1.0, "paired_share": 0.0, "distill_weight": 0.0, "distill_power": 0.0}
-GAME["distill_own"] = False
+GAME |= {"distill_own": False, "student_lr": 1e-4, "iterations": 1500}
 RECIPES = {"toy": TOY, "ladd": dataclasses.replace(TOY, **GAME)}
 OPTIONS = ladd.Options()
 
