@@ -544,7 +544,7 @@ def toy(weights, tmp_path):
     """toy(**changes of the recipe) -> a ToyWorld whose cache is in tmp_path."""
 
     def make(weights=weights, dtype="float32", **changes):
-        options = {"judge_samples": 200, "fid": "judge", "data_root": None}
+        options = {"judge_samples": 200, "fid": "judge", "gif": False, "data_root": None}
         options |= {"weights": weights, "out": tmp_path, "dtype": dtype}
         recipe = dataclasses.replace(toy_world.TOY, **{**TINY, **changes})
         return toy_world.make_world(recipe, types.SimpleNamespace(**options), CPU)
@@ -705,7 +705,7 @@ def command(out, *options, weights):
 def job(weights, tmp_path_factory):
     """Two runs at once with an empty --out: (the folder of the first, what it printed)."""
     out = tmp_path_factory.mktemp("runs")
-    options = ("--evaluate-every", "2", "--checkpoint-every", "3")
+    options = ("--evaluate-every", "1", "--checkpoint-every", "3", "--gif")
     running = []
     for name, closed in (("a name", ""), ("another", " 2>&-")):  # one with its stderr closed
         line = shlex.join(command(out, "--name", name, *options, weights=weights)) + closed
@@ -729,14 +729,14 @@ def test_two_jobs_at_once_share_their_samples_and_both_end_well(job):
 def test_a_job_leaves_its_files(job):
     run, _ = job
     left = {"config.json", "metrics.jsonl", "samples", "checkpoints", ".lock", "best.safetensors"}
-    left |= {"student.safetensors", "report.json", "report.md", "report.png"}
+    left |= {"student.safetensors", "report.json", "report.md", "report.png", "training.gif"}
     assert {path.name for path in run.iterdir()} == left
     for name in ("report.png", "samples/0000002.png"):
         with Image.open(run / name) as image:
             assert min(image.size) > 60 and len(image.getcolors(2**24)) > 20
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     judged = [line for line in lines if "fid@4" in line]
-    assert [line["iteration"] for line in judged] == [2]
+    assert [line["iteration"] for line in judged] == [1, 2, 3]
     assert {"fid@1", "accuracy@2", "hue_entropy@1", "score"} <= judged[0].keys()
     tensors, about = ladd.load_weights(run / "student.safetensors", "toy student")
     trained = [k for k, v in random_net().state_dict().items() if not torch.equal(tensors[k], v)]
@@ -760,6 +760,11 @@ def test_the_report_has_every_row_with_its_cost_and_the_command(job):
         for name in ("student@4", "DPM-Solver++@4", "NFE", "samples = 20 (not 3000)"):
             assert name in text
     assert re.search(r"expected here: .* min", printed) and str(run / "report.png") in printed
+
+
+def test_the_gif_shows_the_grids_of_the_run(job):
+    with Image.open(job[0] / "training.gif") as movie:
+        assert (movie.n_frames, movie.size) == (3, (302, 182))
 
 
 def test_sample_draws_a_grid_of_the_finished_run(job, weights, toy, tmp_path, capsys):

@@ -5,6 +5,7 @@ import json
 
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torchvision.utils import make_grid
 
 import ladd
@@ -34,6 +35,8 @@ def write(world, run, student):
     text = f"# {run.name}\n\n{words}\n\n    {config['command']}\n\n![report](report.png)\n"
     (run / "report.md").write_text(text)
     draw(world, run, student, rows)
+    if world.options.gif:
+        draw_gif(run)
     print(f"\n{words}\n\nsee {run / 'report.png'}")
 
 
@@ -111,6 +114,16 @@ def draw(world, run, student, rows):
     for ax, curve in zip(beneath.subplots(1, 4), curves(world, steps), strict=True):
         draw_curve(ax, lines, world.recipe.batch, *curve)
     figure.savefig(run / "report.png", dpi=100)
+
+
+def draw_gif(run):
+    """training.gif: the grids of the run's evaluations, 4, 2 and 1 steps from the same noise."""
+    grids = [Image.open(path) for path in sorted((run / "samples").glob("*.png"))]
+    pause = [500] * (len(grids) - 1) + [2000]  # ms
+    for first in grids[:1]:  # a short run may have none
+        first.save(
+            run / "training.gif", save_all=True, append_images=grids[1:], duration=pause, loop=0
+        )
 
 
 def curves(world, steps):

@@ -86,6 +86,7 @@ def add_arguments(group):
     add(
         "--fid", default="judge", choices=("judge", "inception"), help="whose features FID compares"
     )
+    add("--gif", action="store_true", help="make training.gif of the sample grids of the run")
     add("--data-root", metavar="DIR", help="folder of MNIST/raw, for --fid inception")
     add("--weights", default=WEIGHTS, metavar="DIR", help="folder of teacher and judge")
 
