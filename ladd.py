@@ -2,15 +2,17 @@
 
 LADD turns a many-step diffusion or flow teacher into a student that needs 1 to 4 steps. The student
 guesses the clean sample x0 in one step. The guess and a real sample (one of the teacher's own) are
-re-noised and shown to the frozen teacher. Small heads on the teacher's inner features learn to tell
-the two apart; the student learns to fool them. Nothing is decoded to pixels.
+re-noised, because the teacher knows noised inputs only, and shown to the frozen teacher. Much noise
+leaves the layout to judge, little noise the detail. Small heads on the teacher's inner features
+learn to tell the two apart; the student learns to fool them. Nothing is decoded to pixels.
 
     python ladd.py --toy            distil the shipped Color-MNIST teacher, and print a table
     python ladd.py --toy --help     every option, with its meaning
     torchrun --nproc_per_node=8 ladd.py --zimage --data DIR     distil Z-Image (6B)
 
 This file is the method. A world (toy_mnist/, zimage/ or your own) brings teacher, data and
-evaluation: see `World`. DEPARTURE marks where we leave the paper.
+evaluation: see `World`. DEPARTURE marks where we leave the paper; so do the fields of `Recipe` that
+name no source.
 """
 
 import argparse
@@ -44,7 +46,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 
-warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP, of one process
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP says so in one process
 
 
 class UserError(Exception):
@@ -83,10 +85,11 @@ def velocity_to_x0(x_t, v, t):
 def guided(velocity, null_cond, w, interval=(0.0, 1.0)):
     """Classifier-free guidance (arXiv 2207.12598) as a velocity: neg + w (pos - neg).
 
-    null_cond(cond) is the condition that stands for none. Guidance holds for t in the interval
-    (arXiv 2404.07724). Where it holds for no sample, or w = 1, one pass is made instead of two.
+    null_cond(cond) is the unconditional condition. Guidance is applied for t in the interval (arXiv
+    2404.07724). Where that is no sample, or w = 1, one pass is made instead of two: under FSDP give
+    no interval, or ranks could differ in their calls.
     """
-    low, high = interval[0] - 1e-6, interval[1] + 1e-6  # t is float32
+    low, high = interval[0] - 1e-6, interval[1] + 1e-6  # t is float32: allow for rounding
 
     def guided_velocity(x_t, t, cond):
         pos, inside = velocity(x_t, t, cond), (t >= low) & (t <= high)
@@ -126,7 +129,7 @@ def step_times(times, n):
 
 
 def sample_student(velocity, recipe, noise, cond, steps, index=None):
-    """Sample a student in so many steps, by its recipe's sampler. noise [B, ...] -> x0 [B, ...].
+    """Sample a student in `steps` steps of its recipe's sampler. noise [B, ...] -> x0 [B, ...].
 
     index: B integers that key each sample's fresh noise where it is re-noised (default 0 .. B - 1).
     """
@@ -149,9 +152,9 @@ class LastTap(Exception):
 def tapped(root, names, forward, early_exit=True):
     """Run forward() and return the outputs of root's modules `names`, in that order.
 
-    Hooks only store references, because they may run inside activation checkpointing. The first
-    output counts where a module runs twice. Hooks are removed whatever happens. UserError names a
-    module that does not exist or does not run.
+    Hooks compute nothing, because they may run inside activation checkpointing. With early_exit the
+    pass ends at the last tap. The first output counts where a module runs twice. Hooks are removed
+    whatever happens. UserError names a module that does not exist or does not run.
     """
     modules, outputs = dict(root.named_modules()), {}
     check(names, "taps = (): name the modules of the teacher that the heads read")
@@ -192,7 +195,7 @@ class Head(nn.Module):
 
     Maps differ in scale by orders of magnitude, so constants standardise each channel. There is no
     normalisation layer: it weakens a discriminator (R3GAN, arXiv 2501.05441), and over a small map
-    it would blind it. A map with a side over 8 is halved.
+    it would erase what the head must see. A map with a side over 8 is halved.
     """
 
     def __init__(self, channels, size, width, emb):
@@ -252,8 +255,8 @@ def autocast(device, dtype):
     return torch.autocast(kind, torch.bfloat16, dtype == torch.bfloat16, cache_enabled=False)
 
 
-# ---- 5. Losses: the mean over heads of the mean over samples and patches of the logits -----------
-# So no head counts for more because its map is larger.
+# ---- 5. Losses: averaged over samples and patches, then over heads -------------------------------
+# So a head with a larger map does not count for more.
 
 
 def mean_over_heads(loss, *logits):
@@ -261,7 +264,7 @@ def mean_over_heads(loss, *logits):
     return torch.stack([loss(*k).mean() for k in zip(*logits, strict=True)]).mean()
 
 
-LOSSES = {  # the heads' loss of a real and a fake logit, and the student's
+LOSSES = {  # name: (loss of the heads, loss of the student), each of a real and a fake logit
     "hinge": (lambda real, fake: F.relu(1 - real) + F.relu(1 + fake), lambda real, fake: -fake),
 }
 
@@ -284,7 +287,7 @@ def gradient_penalty(state, recipe, b, maps, logits, told, side):
 
 
 def field(default, help, choices=None, least=0.0, most=math.inf):
-    """A dataclass field with what it means (unit, source), and what `typed` checks."""
+    """A dataclass field with its help (meaning, unit, source) and limits, which `typed` checks."""
     metadata = {"help": help, "choices": choices, "least": least, "most": most}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -293,8 +296,9 @@ def field(default, help, choices=None, least=0.0, most=math.inf):
 class Recipe:
     """What a run computes. The defaults are the paper's where it gives a number.
 
-    F is one forward pass of the teacher. An iteration costs 3 F, or 6 F with a student update;
-    fields that add to it say so. UserError where a value makes no sense.
+    F is one forward pass of the teacher. An iteration costs 3 F: the student, the teacher on real
+    and on fake. A student update adds 3 F: back through the teacher 1, and the student 2. Fields
+    that add to it say about how much. UserError where a value makes no sense.
     """
 
     iterations: int = field(2000, "iterations; each updates the heads", least=1)
@@ -310,7 +314,7 @@ class Recipe:
     student_lr: float = field(1e-4, "peak learning rate of the student")
     head_lr: float = field(1e-3, "peak learning rate of the heads")
     lr_warmup: int = field(50, "iterations over which both learning rates rise from 0")
-    lr_decay: str = field("cosine", "how the student's rate falls to 0", ("none", "cosine"))
+    lr_decay: str = field("cosine", "decay of the student's rate to 0", ("none", "cosine"))
     beta1: float = field(0.0, "first moment of both AdamW optimizers", most=0.9999)
     beta2: float = field(0.99, "second moment of both AdamW optimizers", most=0.9999)
     gen_every: int = field(1, "update the student every so many iterations", least=1)
@@ -319,15 +323,15 @@ class Recipe:
     adv_weight: float = field(1.0, "weight of the adversarial loss of the student")
     penalty_weight: float = field(0.0, "weight of R1 and R2 on the heads' input features")
     penalty_std: float = field(0.1, "noise of that penalty, in standard deviations of a feature")
-    misaligned_weight: float = field(0.0, "weight of real samples under wrong conditions, +1 F")
+    misaligned_weight: float = field(0.0, "weight of misaligned pairs, `misaligned_loss`, +1 F")
     anchor_weight: float = field(0.0, "weight of the error to the teacher's v at t < 1, +1 F")
-    paired_share: float = field(0.0, "share of samples that get their stored noise", most=1)
+    paired_share: float = field(0.0, "share of samples noised by the noise that made them", most=1)
     distill_weight: float = field(0.0, "weight of the squared error to the teacher's sample")
     distill_power: float = field(0.0, "divide that error by t to this power")
-    distill_own: bool = field(False, "target of other noise: the student's own last step, +2 F")
+    distill_own: bool = field(False, "target of other noise: the student's own sample, +1 F")
     backward_simulation: bool = field(False, "t < 1 starts from the student's own samples, +1 F")
     ema_half_life: float = field(10_000.0, "half-life of the average, in samples (0 = no average)")
-    ema_ramp: float = field(0.1, "the half-life is at most this share of the samples so far")
+    ema_ramp: float = field(0.1, "most half-life, as a share of the samples so far", least=1e-6)
     taps: tuple[str, ...] = field((), "modules of the teacher that the heads read")
     head_width: int = field(64, "channels of the heads", least=1, most=8192)
     heads_see_t: bool = field(False, "condition the heads on the student's t too (DEPARTURE)")
@@ -344,12 +348,12 @@ class Recipe:
             check(ok, f"{name} = {p}: give one probability per time; together they are 1")
 
 
-# ---- 7. Draws: keyed by what they are for, made on the CPU ---------------------------------------
-# So there is no state to store, and 1, 2 or 8 ranks see the same joint batch.
+# ---- 7. Draws: keyed by what they are for, made on the CPU (but for the penalty's noise) ---------
+# So a checkpoint stores no random state, and 1, 2 or 8 ranks see the same joint batch.
 
 
 def generator(*key, device="cpu"):
-    """A generator that depends on the words and numbers of `key` alone."""
+    """A generator that depends on the words and numbers of `key`, and on the kind of device."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
 
@@ -369,21 +373,21 @@ class Batch:
     x0: torch.Tensor  # [B, ...] samples of the teacher
     cond: typing.Any  # their conditions, in the world's own form
     real: torch.Tensor  # [B, ...] what the heads are shown as real: x0, unless the world has other
-    t: torch.Tensor  # [B] the student's time, and its noise [B, ...]
-    eps: torch.Tensor
+    t: torch.Tensor  # [B] the student's time
+    eps: torch.Tensor  # [B, ...] the noise of its input
     paired: torch.Tensor  # [B] is eps the stored noise, from which the teacher made x0?
-    t_hat: torch.Tensor  # [B] the time to which the guess is re-noised, and the noise [B, ...]
-    eps_hat: torch.Tensor
+    t_hat: torch.Tensor  # [B] the time to which the guess is re-noised
+    eps_hat: torch.Tensor  # [B, ...] by this noise
     t_real: torch.Tensor  # the same for the real side
     eps_real: torch.Tensor
     x_t: torch.Tensor | None = None  # [B, ...] the student's input, filled in by `train_step`
-    real_logits: list | None = None  # [B, h, w] per tap, filled in by `heads_loss`
+    real_logits: list | None = None  # [B, h, w] per tap, of the heads before their step
 
 
 def draw(recipe, iteration, index, shape):
     """The random draws of samples `index` of an iteration's joint batch, as fields of `Batch`.
 
-    Sample k's are keyed by (seed, iteration, k). Paired samples lie evenly in the joint batch.
+    The draws of sample k are keyed by (seed, iteration, k). Paired samples lie evenly in the batch.
     t_hat = sigmoid(m + s z) for standard normal z (SD3, arXiv 2403.03206, section 3.1).
     """
     sides = 1 if recipe.share_noise else 2
@@ -421,9 +425,9 @@ def read_batch(world, recipe, iteration, start, count, device):
 def train_step(state, world, recipe, i, micro_batch=None, losses=None):
     """Iteration i: a step of the heads, then a step of the student against these newer heads.
 
-    A step takes the gradients of all micro-batches added up, so k of n samples give what one of k n
-    gives. With one micro-batch the student's turn uses the teacher's pass of the heads' turn; with
-    more it repeats that pass, for 2 F. Returns metrics.
+    The gradients of micro-batches add up to those of the whole batch. With one micro-batch the
+    student's turn uses the passes of student and teacher that the heads' turn has made; with more
+    it repeats them, for 2 F. Returns metrics.
     losses: what takes the place of `heads_loss` and `student_loss`.
     """
     loss_of_heads, loss_of_student = losses or (heads_loss, student_loss)
@@ -438,7 +442,7 @@ def train_step(state, world, recipe, i, micro_batch=None, losses=None):
 
     starts = range(rank() * n, (rank() + 1) * n, size)
     batches = [read_batch(world, recipe, i, start, size, state.device) for start in starts]
-    for b in batches:
+    for b in batches:  # if it is one, its graph is kept for the student's turn
         b.x_t = student_input(state.student, recipe, b)
         x0_hat, fake = guess(state.student, world, b, student_turn and size == n)
         with torch.no_grad():
@@ -482,17 +486,18 @@ def own_steps(student, b, x, steps, takes):
     steps: pairs of a time and the next. takes(t): a mask [B] of the samples that take the step.
     """
     for t, t_next in steps:
-        rows = rows_of(takes(t))
+        mask = takes(t)
+        rows = rows_of(mask)
         v = student(x[rows], torch.full_like(b.t[rows], t), b.cond[rows])
         moved = x.index_copy(0, rows, x[rows] + (t_next - t) * v)
-        x = torch.where(expand(takes(t), x), moved, x)
+        x = torch.where(expand(mask, x), moved, x)
     return x
 
 
 def rows_of(mask):
-    """The indices at which mask [B] is true; [0] where it never is.
+    """The indices where mask [B] is true, or [0] where there are none.
 
-    So a network is called in any case. Under FSDP every rank must make the same calls.
+    So the network is called even then: under FSDP every rank must make the same calls.
     """
     return mask.nonzero()[:, 0] if mask.any() else mask.new_zeros(1, dtype=torch.long)
 
@@ -551,17 +556,18 @@ def student_loss(state, world, recipe, b, fake, x0_hat):
 
 
 def distillation_loss(student, recipe, b, x0_hat):
-    """DEPARTURE: squared error of the guess to the sample that its input leads to.
+    """DEPARTURE: squared error of the guess to the end of the path that its input lies on.
 
-    A stored noise leads to the teacher's sample, and so does a noised x0. Of other noise it is
-    known only where the student's own further steps lead, which distill_own takes as the target.
+    A stored noise, or a noised x0, leads to the teacher's sample. Where other noise would lead the
+    teacher is unknown: no error, or at t = 1 by distill_own that to the student's own sample.
     """
     known = b.paired | ((b.t < 1) & (not recipe.backward_simulation))
     target = b.x0
     if recipe.distill_own:
+        fresh = ~b.paired & (b.t == 1)
         steps = zip(recipe.times, [*recipe.times[1:], 0.0], strict=True)
-        own = own_steps(student, b, b.x_t, steps, lambda t: (b.t >= t) & ~known)
-        target, known = torch.where(expand(known, own), b.x0, own), torch.ones_like(known)
+        own = own_steps(student, b, b.x_t, steps, lambda t: fresh)
+        target, known = torch.where(expand(fresh, own), own, b.x0), known | fresh
     error = (x0_hat - target).square().flatten(1).mean(1) / b.t**recipe.distill_power  # [B]
     return (error * known).mean()
 
@@ -569,8 +575,8 @@ def distillation_loss(student, recipe, b, x0_hat):
 def anchor_loss(world, b, x0_hat):
     """DEPARTURE: (1 - t) times the squared error to the teacher's velocity, for t < 1.
 
-    The late steps start almost perfect. Without an anchor the game moves them away. At t = 1 the
-    weight is 0: the teacher's own guess from pure noise is a mere average.
+    At small t the student is almost perfect when it starts, and the game would move it away. At
+    t = 1 the weight is 0: from pure noise the teacher's own guess is only an average.
     """
     rows = rows_of(b.t < 1)
     v = (b.x_t - x0_hat) / expand(b.t, b.x_t)
@@ -581,10 +587,10 @@ def anchor_loss(world, b, x0_hat):
 
 @torch.no_grad()
 def diagnostics(recipe, real, fake, real_logits, fake_logits):
-    """What a look at a run wants to know of the heads.
+    """What to watch of the heads.
 
     accuracy/TAP: how often the real logit of a pair is the larger one; 0.5 is chance.
-    diversity: mean distance between neighbours in the batch, of fakes divided by that of reals.
+    diversity: mean distance of neighbours' maps at the last tap, of fakes over reals. 1 is healthy.
     """
     distances = []
     for maps in (fake[-1], real[-1]):
@@ -602,7 +608,7 @@ def updates_student(recipe, i):
 
 
 def learning_rate(recipe, i, student):
-    """The learning rate of iteration i: both rise at first, then the student's falls."""
+    """The learning rate of iteration i: both rise over lr_warmup; the student's may decay."""
     scale = min(1.0, (i + 1) / max(recipe.lr_warmup, 1))
     if student and recipe.lr_decay == "cosine":
         scale *= 0.5 + 0.5 * math.cos(math.pi * i / recipe.iterations)
@@ -633,11 +639,11 @@ def count_skipped(state, i, norms):
     finite = all(map(math.isfinite, norms.values()))
     state.skipped = 0 if finite else state.skipped + 1
     way_out = "start a new run with a lower student_lr or head_lr"
-    check(state.skipped < 3, f"iteration {i}: three non-finite gradients in a row: {way_out}")
+    check(state.skipped < 3, f"iteration {i + 1}: three non-finite gradients in a row: {way_out}")
     return float(not finite)
 
 
-# ---- 9. The world, which a run asks for data and judgement; the state, which it changes ----------
+# ---- 9. World, what a run is given, and State, what it changes -----------------------------------
 
 
 def reader_indices(n, start, count, seed):
@@ -654,20 +660,20 @@ def reader_indices(n, start, count, seed):
 
 
 class World:
-    """Teacher, data and evaluation. Your own world overrides `batch`, and what else it needs."""
+    """Teacher, data and evaluation. Your own must define `batch`; the rest has defaults."""
 
-    reference = None  # the recipe from which a run is said to differ (None: Recipe())
+    reference = None  # the recipe that config.json lists the differences from (None: Recipe())
 
     def __init__(self, teacher, recipe):
         """teacher: nn.Module velocity(x_t [B, ...], t [B], cond) -> v [B, ...], float32, frozen."""
         self.teacher, self.recipe = teacher, recipe
 
     def make_student(self):
-        """The network to train: float32 weights, since others would lose small updates."""
-        return copy.deepcopy(self.teacher).requires_grad_(True).train()
+        """The network to train: float32 weights, since coarser ones would lose small updates."""
+        return copy.deepcopy(self.teacher).float().requires_grad_(True).train()
 
     def make_heads(self, *args):
-        """The heads: see `Heads` for the arguments."""
+        """The heads, by the arguments of `Heads`. Override it to pass another `head`."""
         return Heads(*args)
 
     def features(self, x_t, t, cond):
@@ -676,7 +682,7 @@ class World:
         return [f[:, :, None, None] if f.ndim == 2 else f for f in maps]
 
     def anchor(self, x_t, t, cond):
-        """The velocity that anchor_weight holds the student to: guided, if the samples are."""
+        """The velocity that anchor_weight holds the student to: guided if the samples are."""
         return self.teacher(x_t, t, cond)
 
     def head_cond(self, cond):
@@ -686,7 +692,8 @@ class World:
     def batch(self, start, count):
         """Samples start .. start + count - 1 of an endless reader: x0, cond, noise, real.
 
-        x0 [B, ...]: samples of the teacher. cond: None, or anything with index tensors and `.to`.
+        The same start gives the same samples. x0 [B, ...]: samples of the teacher. cond: anything
+        that can be indexed by a tensor and has `.to`, or None: the networks then get zeros [B, 0].
         noise [B, ...]: what each x0 was made from, or None. real [B, ...]: what the heads are shown
         as real, x0 or other samples of the same conditions.
         """
@@ -708,12 +715,12 @@ class World:
         save_weights(run / f"{name}.safetensors", student.state_dict(), {"kind": "student"})
 
     def finish(self, student, run):
-        """The end of a run: save the student, and report on it."""
+        """What the command line does at the end: save the student, and report on it."""
         self.save(student, run)
 
 
 class State:
-    """What changes while a run trains: student, heads, both optimizers, the average."""
+    """What changes while a run trains: student, heads, optimizers, average, two counters."""
 
     def __init__(self, world, recipe, device, dtype=torch.float32):
         self.device = device
@@ -736,7 +743,7 @@ class State:
 
     @contextlib.contextmanager
     def averaged(self):
-        """The student with its averaged weights, inside. They change places: no copy is made."""
+        """Inside, the student has its averaged weights: they are swapped, so no copy is made."""
         self.ema.swap(self.student)
         try:
             yield self.student
@@ -745,8 +752,8 @@ class State:
 
 
 def adamw(model, recipe):
-    """AdamW with a zero state from the start, or torch would make one when a checkpoint is saved,
-    by a counted step, and change the run."""
+    """AdamW whose state exists from the start, as zeros. Else torch makes it when a checkpoint is
+    saved, by a step that counts, and so changes the run."""
     fused = next(model.parameters()).is_cuda or None  # torch's default makes large temporaries
     betas = (recipe.beta1, recipe.beta2)
     opt = torch.optim.AdamW(model.parameters(), 0.0, betas, weight_decay=0.0, fused=fused)
@@ -800,7 +807,9 @@ class Options:
     keep: int = field(2, "checkpoints to keep", least=1)
     log_every: int = field(20, "iterations averaged in a line of metrics.jsonl", least=1)
     stop_on_collapse: bool = field(False, "end the run at the first sign of collapse")
-    dtype: str = field("float32", "what networks compute in", ("bfloat16", "float32"))
+    dtype: str = field(
+        "float32", "for networks; command line: the fastest", ("bfloat16", "float32")
+    )
 
     def __post_init__(self):
         type_fields(self)
@@ -817,7 +826,10 @@ def train(world, recipe, run, options=None, losses=None):
     size = options.micro_batch or part
     way_out = "give a multiple of the ranks, at least two samples for each"
     check(part % 1 == 0 and part >= 2, f"batch = {recipe.batch}, {world_size()} ranks: {way_out}")
-    check(part % size == 0, f"--micro-batch {size:g}: give a divisor of batch / ranks = {part:g}")
+    check(
+        part % size == 0 and size >= 2,
+        f"--micro-batch {size:g}: give a divisor of batch / ranks = {part:g} over 1",
+    )
     odd = recipe.misaligned_weight and size % 2
     check(not odd, f"micro-batches of {size:g}: misaligned pairs need an even number of samples")
     with contextlib.ExitStack() as stack:
@@ -826,7 +838,8 @@ def train(world, recipe, run, options=None, losses=None):
         device = next(world.teacher.parameters()).device
         state = State(world, recipe, device, getattr(torch, options.dtype))
         on_rank0(lambda: write_json(run / "config.json", config))
-        first, window = restore(state, run) if options.resume else 0, []
+        first = restore(state, run) if options.resume else 0
+        window = []
         for i in range(first, recipe.iterations):
             began, done, collapsed = time.time(), i + 1, False
             metrics = train_step(state, world, recipe, i, options.micro_batch, losses)
@@ -846,24 +859,25 @@ def train(world, recipe, run, options=None, losses=None):
 
 
 def describe(world, recipe):
-    """What config.json says of a run."""
+    """The content of config.json. Prints how the recipe differs from the reference."""
     config = {"recipe": dataclasses.asdict(recipe), "data": world.fingerprint()}
     config["diff"] = diff(recipe, world.reference or Recipe())
     config |= {"command": shlex.join(["python", *sys.argv]), "torch": torch.__version__}
     words = ", ".join(f"{k} = {new} (not {old})" for k, (old, new) in config["diff"].items())
-    print0(f"from the reference recipe differs: {words or 'nothing'}")
+    print0(f"differs from the reference recipe: {words or 'nothing'}")
     return json.loads(json.dumps(config))  # tuples become lists
 
 
 def claim(run, config, resume, stack):
     """Make and lock the folder of a run until `stack` ends; a run in it must fit `config`."""
     run.mkdir(parents=True, exist_ok=True)
-    if not any(run.iterdir()):  # then it is gone again if the run can't start
-        stack.callback(lambda: (run / "config.json").exists() or shutil.rmtree(run))
+    new = not any(run.iterdir())
     try:
         stack.enter_context(FileLock(run / ".lock", blocking=False))
     except Timeout:
         raise UserError(f"--name {run.name}: another process is training {run}") from None
+    if new:  # it goes again if the run can't start
+        stack.callback(lambda: (run / "config.json").exists() or shutil.rmtree(run))
     if (run / "config.json").exists():
         check(resume, f"--name {run.name}: {run} exists; give another name, or --resume it")
         old, asked = read_config(run / "config.json"), config["recipe"]["iterations"]
@@ -873,17 +887,15 @@ def claim(run, config, resume, stack):
         check(not words, f"--resume: {run} was made otherwise: {words}; start a new run")
         done = max(map(step_of, checkpoints(run)), default=0)
         check(done <= asked, f"iterations = {asked}: {run} has done {done}")
-    for part in run.glob(".*.part"):  # of a process that was killed
+    for part in run.glob(".*.part"):  # left by a killed process
         shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
 def read_config(path):
     """The config.json of a run; UserError where the file is none."""
-    with contextlib.suppress(ValueError, RecursionError):
+    with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError):
         config = json.loads(Path(path).read_text())
-        if isinstance(config, dict) and all(
-            type(config.get(k)) is dict for k in ("recipe", "data")
-        ):
+        if all(isinstance(config[k], dict) for k in ("recipe", "data")):
             return config
     raise UserError(f"{path}: not the config.json of a run")
 
@@ -895,7 +907,7 @@ def diff(new, old):
 
 
 def evaluate(state, world, run, step):
-    """Let the world judge the averaged student; keep the best. Returns: has it collapsed?"""
+    """Let the world judge the averaged student; keep the best. Returns whether it collapsed."""
     with state.averaged() as student:
         metrics = world.evaluate(student, run, step)
         signs = metrics.pop("collapse", [])
@@ -936,10 +948,10 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def print0(*words):
+def print0(*words, file=None):
     """Print, on rank 0 alone."""
     if rank() == 0:
-        print(*words, flush=True)
+        print(*words, flush=True, file=file)
 
 
 def on_rank0(make):
@@ -951,7 +963,7 @@ def on_rank0(make):
 
 
 def any_rank(flag):
-    """Is flag true on any rank? What ends or changes a run is decided so, or ranks would hang."""
+    """Is flag true on any rank? Ranks must agree on what ends or changes a run."""
     votes = torch.tensor(float(bool(flag)))
     mean_over_ranks_([votes])
     return bool(votes > 0)
@@ -968,7 +980,7 @@ def mean_over_ranks_(tensors):
 
 
 # ---- 12. Files: written beside their place and renamed, so a kill leaves no half of one ----------
-# Weights and caches are safetensors. Checkpoints are trusted local files.
+# Weights and caches are safetensors. Checkpoints are trusted local files, complete by .metadata.
 
 
 @contextlib.contextmanager
@@ -979,7 +991,7 @@ def replacing(path):
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
-        os.umask(mask := os.umask(0))  # which can only be read so
+        os.umask(mask := os.umask(0))  # reading the mask means setting it
         for p in (part, *part.rglob("*")):  # safetensors writes files that others can't read
             p.chmod((0o777 if p.is_dir() else 0o666) & ~mask)
         shutil.rmtree(path) if path.is_dir() else None
@@ -995,7 +1007,9 @@ def write_json(path, value):
 
 def save_weights(path, tensors, about):
     """Write tensors as safetensors; `about`, a dict with a "kind", goes into the file's header."""
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}  # untied
+    tensors = {
+        k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()
+    }  # shared storage is refused
     with replacing(path) as part:
         save_file(tensors, part, {"about": json.dumps(about)})
 
@@ -1024,19 +1038,18 @@ def step_of(checkpoint):
 def save_checkpoint(run, step, state_dict, keep=2):
     """Write nested dicts of tensors and numbers to run/checkpoints/step-N; keep the newest ones."""
     path = Path(run) / "checkpoints" / f"step-{step:07d}"
-    on_rank0(lambda: shutil.rmtree(path, ignore_errors=True))  # one that was cut off
+    on_rank0(lambda: shutil.rmtree(path, ignore_errors=True))  # a cut-off one of this step
     dcp.save(state_dict, checkpoint_id=path, no_dist=not dist.is_initialized())
     for old in checkpoints(run)[:-keep] if rank() == 0 else []:
         shutil.rmtree(old)
 
 
 def load_checkpoint(run, state_dict):
-    """Fill state_dict, of the shape that was saved, from a run's newest checkpoint: (dict, step).
-    Step 0 where there is none."""
+    """(state_dict, step), filled in from the run's newest checkpoint; step 0 if there is none."""
     newest = on_rank0(lambda: max(checkpoints(run), default=None))
     for path in Path(run).glob("checkpoints/step-*"):
         if newest is None or path > newest:
-            print(f"{path}: cut off, passed over", file=sys.stderr)
+            print0(f"{path}: cut off, passed over", file=sys.stderr)
     print0(f"going on from {newest}" if newest else "no complete checkpoint: training starts")
     if newest is None:
         return state_dict, 0
@@ -1100,15 +1113,13 @@ def typed(f, value):
         if kind in (int, float):
             ok = math.isfinite(v) and meta["least"] <= v <= meta["most"]
             check(ok, f"{f.name} = {v!r}: give a number from {meta['least']} to {meta['most']}")
-        check(
-            not meta["choices"] or v in meta["choices"],
-            f"{f.name} = {v!r}: choose from {meta['choices']}",
-        )
+        ok = not meta["choices"] or v in meta["choices"]
+        check(ok, f"{f.name} = {v!r}: choose from {meta['choices']}")
     return tuple(map(kind, items)) if is_tuple else kind(items[0])
 
 
 class Parser(argparse.ArgumentParser):
-    """Bad options are bad input, and are not guessed from their first letters."""
+    """A bad option is a UserError. Options can't be abbreviated."""
 
     def __init__(self, *args, **settings):
         shape = argparse.RawDescriptionHelpFormatter
@@ -1181,7 +1192,7 @@ def recipe_from(cls, values):
 
 
 def numbered_folder(out):
-    """Make the next free folder out/001, out/002, ... Of two starts at once, each gets its own."""
+    """Make the next free folder out/001, out/002, ... Two runs started at once get two."""
     out.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         with contextlib.suppress(FileExistsError):
@@ -1234,9 +1245,9 @@ def distil(argv):
 def run_command_line(work, argv=None):
     """work(argv), its errors as one line on stderr. Returns the exit code.
 
-    2: bad input, or no room on disk or GPU. 130: ended by Ctrl-C or SIGTERM.
+    2: bad input, a run that can't go on, no room on disk or GPU. 130: Ctrl-C or SIGTERM.
     """
-    full = SafetensorError, dcp.CheckpointException, torch.OutOfMemoryError  # disk or GPU
+    no_room = SafetensorError, dcp.CheckpointException, torch.OutOfMemoryError
     try:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -1246,13 +1257,13 @@ def run_command_line(work, argv=None):
     except KeyboardInterrupt:
         print("ladd: stopped; what is finished is kept", file=sys.stderr)
         code = 130
-    except (UserError, OSError, *full) as error:
+    except (UserError, OSError, *no_room) as error:
         if isinstance(error, dcp.CheckpointException):
             error = next(iter(error.failures.values()))[0]
         print(f"ladd: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
     if dist.is_initialized() and (code != 2 or world_size() == 1):
-        dist.destroy_process_group()  # ranks that still wait would hang it
+        dist.destroy_process_group()  # after an error it would wait for stuck ranks
     return code
 
 

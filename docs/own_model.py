@@ -18,7 +18,7 @@ FIFTY = [1 - k / 50 for k in range(50)]
 
 
 class Teacher(nn.Sequential):
-    """velocity(x_t [B, 2], t [B], cond) -> v [B, 2]. Here is no condition."""
+    """velocity(x_t [B, 2], t [B], cond) -> v [B, 2]. There is no condition."""
 
     def forward(self, x_t, t, cond):
         return super().forward(torch.cat([x_t, ladd.fourier(t / 8, 8)], 1))
@@ -27,7 +27,7 @@ class Teacher(nn.Sequential):
 class Ring(ladd.World):
     def batch(self, start, count):
         index, _ = ladd.reader_indices(len(samples), start, count, self.recipe.seed)
-        return samples[index], None, noise[index], samples[index]
+        return samples[index], None, None, samples[index]
 
     def evaluate(self, student, run, step):
         seen[step] = {n: ladd.sample_student(student, recipe, noise, None, n) for n in (1, 4)}
@@ -52,10 +52,10 @@ for _ in range(3000):
 teacher.requires_grad_(False)
 noise = torch.randn(4000, 2)
 samples = ladd.sample_euler(teacher, noise, FIFTY, None)
-
 game = {"student_lr": 1e-3, "head_lr": 4e-3, "renoise_mean": -1.0, "renoise_std": 1.5}
 game |= {"warmup": 0, "heads_see_t": True, "backward_simulation": True}
-recipe, seen = ladd.Recipe(iterations=1000, taps=("1", "3", "5"), **game), {}
+recipe = ladd.Recipe(iterations=1000, taps=("1", "3", "5"), **game)
+seen = {}
 with tempfile.TemporaryDirectory() as run:
     ladd.train(Ring(teacher, recipe), recipe, f"{run}/ring", ladd.Options(evaluate_every=100))
 
@@ -73,13 +73,13 @@ def show(title, points):
 
 
 show("data", ring(1000))
-ax, trail = show("teacher, 50 steps", samples), []
+ax, trail = show("teacher, steps: 50", samples), []
 ladd.sample_euler(lambda x, *told: trail.append(x) or teacher(x, *told), noise[:40], FIFTY, None)
 for path in torch.stack(trail, 1):
     ax.plot(*path.T, color="grey", linewidth=0.5)
 for n in (1, 4):
-    show(f"teacher, {n} steps", ladd.sample_student(teacher, recipe, noise, None, n))
+    show(f"teacher, steps: {n}", ladd.sample_student(teacher, recipe, noise, None, n))
 for step in (100, 400, 900):
     for n, points in seen[step].items():
-        show(f"student, {n} steps, {step} iterations", points)
+        show(f"student, steps: {n}, iteration {step}", points)
 figure.savefig("docs/own_model.png", dpi=70)

@@ -581,8 +581,8 @@ FAULTS = [
         0,
         "a full disk ends in a traceback",
         "ladd.py",
-        "full = SafetensorError, dcp",
-        "full = dcp",
+        "no_room = SafetensorError, dcp",
+        "no_room = dcp",
         "test_run.py::test_a_full_disk_is_one_line_and_the_run_can_go_on",
     ),
     Fault(

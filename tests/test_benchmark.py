@@ -99,16 +99,11 @@ def test_gradient_penalty_of_a_linear_head_between_real_and_fake():
     torch.testing.assert_close(mix, share.mean(1)[2:], rtol=0, atol=1e-3)
 
 
-def test_approximate_r1_of_a_linear_head_is_the_noises_variance_times_its_norm():
-    (b, real_t), echo = make_batch(8, 40), Echo()
-    told = (echo, echo, Ablation(approximate_r1=100.0), b, [real_t], [real_t])
-    loss, metrics = settings.heads_loss(*told)
-    assert float(loss - metrics["heads_loss"]) == pytest.approx(100 * 0.01**2 * 9, rel=0.05)
-    dtypes = [given[-1] for given in echo.judged]  # bfloat16 would blur the difference
-    assert dtypes == [torch.bfloat16] * 2 + [torch.float32] * 2
-    x_t, t, cond = echo.asked[0]
-    assert t is b.t_real and cond is b.cond and all(given[1] is t for given in echo.judged[-2:])
-    assert float((x_t - real_t).std()) == pytest.approx(0.01, rel=0.05)
+def test_the_penalties_are_computed_in_float32():
+    (b, real_t), echo = make_batch(), Echo()
+    settings.heads_loss(echo, echo, Ablation(gradient_penalty=1.0), b, [real_t], [real_t])
+    dtypes = [given[-1] for given in echo.judged]  # bfloat16 would blur the gradient
+    assert dtypes == [torch.bfloat16] * 2 + [torch.float32] and echo.heads.dtype == torch.bfloat16
 
 
 def test_exact_r1_of_heads_with_a_known_slope():

@@ -255,7 +255,7 @@ def test_a_resume_knows_the_best_student_and_the_updates_that_were_skipped(tmp_p
     with pytest.raises(Killed):
         train(run, scored(5), checkpoint_every=1, **options)
     best = (run / "best.safetensors").stat().st_mtime_ns
-    with pytest.raises(ladd.UserError, match="iteration 5: three non-finite gradients"):
+    with pytest.raises(ladd.UserError, match="iteration 6: three non-finite gradients"):
         train(run, scored(9), resume=True, **options)
     train(run, scored(9), resume=True, **{**options, "losses": not_finite({})})
     assert (run / "best.safetensors").stat().st_mtime_ns == best
@@ -578,7 +578,7 @@ def trouble(rank, folder):
 def test_trouble_on_one_rank_is_trouble_on_both(tmp_path):
     for found in on_ranks(2, tmp_path, trouble):
         assert found["skipped"] == [0, 0, 1, 0] and found["finite"]
-        assert "iteration 5: three non-finite gradients" in found["diverged"]
+        assert "iteration 6: three non-finite gradients" in found["diverged"]
         assert "collapsed at iteration 3" in found["collapsed"]
 
 

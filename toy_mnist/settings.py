@@ -43,7 +43,6 @@ class Ablation(ToyRecipe):
     loss: str = ladd.field("hinge", "the adversarial game", tuple(ladd.LOSSES))
     exact_r1: float = ladd.field(0.0, "weight of exact R1 on the heads' input features")
     gradient_penalty: float = ladd.field(0.0, "weight of the gradient penalty")
-    approximate_r1: float = ladd.field(0.0, "weight of approximate R1 on x_t")
     score_weight: float = ladd.field(0.0, "weight of ADD's score distillation")
     score_weighting: str = ladd.field("exponential", "over t", ("exponential", "sds", "nfsd"))
     adv_warmup: int = ladd.field(0, "iterations over which adv_weight rises from 0")
@@ -82,22 +81,11 @@ def uniform(recipe, b, name):
     return torch.special.ndtr(noise[:, 0]).to(b.t)
 
 
-def approximate_r1(state, world, recipe, b, real, fake):
-    """Approximate R1 (APT, arXiv 2501.08316): |D(x_t) - D(x_t + noise)|^2 at one t_hat. +1 F."""
-    x_t = ladd.interpolate(b.real, b.eps_real, b.t_real)
-    noise = ladd.keyed_noise(b.index, x_t.shape[1:], recipe.seed, b.iteration, "approximate R1")
-    with torch.no_grad():
-        shaken = world.features(x_t + 0.01 * noise.to(x_t), b.t_real, b.cond)  # as in APT
-    told = b.t_real, world.head_cond(b.cond), b.t
-    logits = state.heads(real, *told), state.heads([m.float() for m in shaken], *told)
-    return ladd.mean_over_heads(lambda a, s: (a - s).square(), *logits)
-
-
 def heads_loss(state, world, recipe, b, real, fake):
     """`ladd.heads_loss`, and the terms that have a weight."""
     loss, metrics = ladd.heads_loss(state, world, recipe, b, real, fake)
     real = [m.float() for m in real]
-    for term in (exact_r1, gradient_penalty, approximate_r1):
+    for term in (exact_r1, gradient_penalty):
         if weight := getattr(recipe, term.__name__):
             with in_float32(state.heads):  # they compare small differences
                 loss = loss + weight * term(state, world, recipe, b, real, fake)
@@ -260,6 +248,12 @@ def recipe_for(setting, budget, seed):
     return dataclasses.replace(recipe, samples=min(recipe.samples, most))
 
 
+def departures(recipe):
+    """The fields in which a recipe differs from TOY, but for the budget's."""
+    budget = ("iterations", "samples", "samples_seed")
+    return {k: new for k, (_, new) in ladd.diff(recipe, TOY).items() if k not in budget}
+
+
 BASE = Ablation(**vars(TOY))  # the validated recipe
 SWEEPS = {  # field: {name of the setting: value}
     "misaligned_weight": {"no-misaligned-pairs": 0.0},
@@ -283,16 +277,13 @@ SWEEPS = {  # field: {name of the setting: value}
     "batch": {"batch-2": 2, "batch-16": 16},  # as many iterations: fewer samples, and less time
     "ema_half_life": {"no-average": 0.0},
     "exact_r1": {"exact-r1": 0.1},  # an iteration takes thrice as long
-    "approximate_r1": {"approximate-r1": 100.0},  # weight of APT
 }
 CHANGES = {name: {k: v} for k, values in SWEEPS.items() for name, v in values.items()}
 CHANGES |= {"wasserstein": {"loss": "wasserstein", "gradient_penalty": 1.0}}
-CHANGES |= {"ladd": {name: new for name, (_, new) in ladd.diff(RECIPES["ladd"], TOY).items()}}
+CHANGES["ladd"] = departures(RECIPES["ladd"])
 # The paper's method: hinge, its times and probabilities, t_hat ~ LogitNormal(1, 1) drawn for each
 # side by itself, the adversarial loss alone. The paper gives no learning rates, heads or average.
-PAPER = ToyRecipe(taps=TAPS, warmup=50, share_noise=False)
-OPEN = ("iterations", "samples", "samples_seed")  # the budget's
-PAPER = {name: new for name, (_, new) in ladd.diff(PAPER, TOY).items() if name not in OPEN}
+PAPER = departures(ToyRecipe(taps=TAPS, warmup=50, share_noise=False))
 ABLATIONS = [
     Setting("baseline", "ablations", {}, "the validated recipe"),
     *[Setting(name, "ablations", changes) for name, changes in CHANGES.items()],

@@ -107,10 +107,9 @@ def shares(recipe, n, parts, student_turn):
     mean over the draws. Where none does, the core lets one."""
     probs = dict(zip(recipe.times, recipe.time_probs, strict=True))
     before = [sum(probs[t] for t in probs if t < start) for start in recipe.times[:-1]]
-    other = 1 - recipe.paired_share
-    after = [other * sum(probs[t] for t in probs if t >= start) for start in recipe.times]
     steps = before * recipe.backward_simulation * parts
-    own = after * bool(recipe.distill_weight and recipe.distill_own)
+    own = [(1 - recipe.paired_share) * recipe.time_probs[0]] * len(recipe.times)
+    own = own * bool(recipe.distill_weight and recipe.distill_own)
     anchor = before[:1] * bool(recipe.anchor_weight)
     return [p + (1 - p) ** n / n for p in steps + (own + anchor) * parts * student_turn]
 
