@@ -402,7 +402,7 @@ def test_trouble_on_the_way_ends_in_one_line(place, tmp_path, capsys, monkeypatc
     refused(capsys, run(place, out), "holds something else, ['thesis.doc']")
     (out / "thesis.doc").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr("safetensors.torch.save_file", full)
+        patch.setattr(ladd, "save_file", full)
         refused(capsys, run(place, out), "No space left on device")
     assert list(contents(out)) == ["manifest.json"]
     monkeypatch.setattr(adapter, "sample_teacher", lambda *args: args[3].fill_(70_000.0))
