@@ -669,8 +669,8 @@ class World:
         self.teacher, self.recipe = teacher, recipe
 
     def make_student(self):
-        """The network to train: float32 weights, since coarser ones would lose small updates."""
-        return copy.deepcopy(self.teacher).float().requires_grad_(True).train()
+        """The network to train. Its weights are float32: coarser ones would lose small updates."""
+        return copy.deepcopy(self.teacher).requires_grad_(True).train()
 
     def make_heads(self, *args):
         """The heads, by the arguments of `Heads`. Override it to pass another `head`."""
