@@ -348,6 +348,15 @@ class Recipe:
             check(ok, f"{name} = {p}: give one probability per time; together they are 1")
 
 
+# What the recipes of both worlds share. The game, by itself `ladd` and `zimage-ladd`:
+GAME = {"warmup": 0, "time_probs": (0.5, 0.2, 0.15, 0.15), "renoise_std": 1.5}
+GAME |= {"penalty_weight": 5.0, "misaligned_weight": 0.25, "anchor_weight": 1.0}
+GAME |= {"backward_simulation": True, "heads_see_t": True}
+# And the targets of `toy` and `zimage`, beside which the game weighs less:
+TARGETS = {"adv_weight": 0.5, "paired_share": 0.5}
+TARGETS |= {"distill_weight": 1.0, "distill_power": 2.0, "distill_own": True}
+
+
 # ---- 7. Draws: keyed by what they are for, made on the CPU (but for the penalty's noise) ---------
 # So a checkpoint stores no random state, and 1, 2 or 8 ranks see the same joint batch.
 
@@ -1069,7 +1078,7 @@ def snapshot(state):
 def restore(state, run):
     """Fill state from the run's newest checkpoint, if any. Returns the iterations done."""
     saved, done = load_checkpoint(run, snapshot(state))  # the average is filled in place
-    for name in ("student", "heads"):
+    for name in ("student", "heads") if done else ():
         dicts = {"model_state_dict": saved[name], "optim_state_dict": saved[f"{name}_opt"]}
         set_state_dict(getattr(state, name), getattr(state, f"{name}_opt"), **dicts)
     state.skipped, state.best = saved["skipped"], saved["best"]

@@ -75,11 +75,11 @@ def train(velocity, data, args):
     opt = torch.optim.AdamW(velocity.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.99))
     ema = ladd.EMA(velocity, half_life=50_000, ramp=0.05)
 
-    def snapshot(step):
+    def snapshot():
         model, optimizer = get_state_dict(velocity, opt)
-        return {"model": model, "opt": optimizer, "ema": ema.mean, "step": step}
+        return {"model": model, "opt": optimizer, "ema": ema.mean}
 
-    loaded, start = ladd.load_checkpoint(args.run, snapshot(0))  # fills the average in place
+    loaded, start = ladd.load_checkpoint(args.run, snapshot())  # fills the average in place
     models = {"model_state_dict": loaded["model"], "optim_state_dict": loaded["opt"]}
     set_state_dict(velocity, opt, **models)
     window = []
@@ -97,7 +97,7 @@ def train(velocity, data, args):
         window = [*window[-99:], float(loss.detach())]
         bar.set_postfix(loss=f"{sum(window) / len(window):.4f}", refresh=False)
         if (step + 1) % args.checkpoint_every == 0 or step + 1 == args.steps:
-            ladd.save_checkpoint(args.run, step + 1, snapshot(step + 1))
+            ladd.save_checkpoint(args.run, step + 1, snapshot())
     return ema
 
 

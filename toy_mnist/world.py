@@ -47,34 +47,13 @@ class ToyRecipe(ladd.Recipe):
 
 
 TAPS = ("enc.1", "enc.3", "mid.1", "dec.1", "dec.3")
-LENGTH = {"batch": 64, "warmup": 0, "taps": TAPS}
+OWN = {"taps": TAPS, "renoise_mean": 0.0, "head_width": 128, "head_lr": 2e-3}
+OWN["ema_half_life"] = 20_000.0
 
-# The validated recipe. The README says what each departure from the paper is for.
-TOY = ToyRecipe(
-    **LENGTH,
-    iterations=850,
-    time_probs=(0.5, 0.2, 0.15, 0.15),
-    renoise_mean=0.0,
-    renoise_std=1.5,
-    student_lr=2e-4,
-    head_lr=2e-3,
-    adv_weight=0.5,
-    penalty_weight=5.0,
-    misaligned_weight=0.25,
-    anchor_weight=1.0,
-    paired_share=0.5,
-    distill_weight=1.0,
-    distill_power=2.0,
-    distill_own=True,
-    backward_simulation=True,
-    ema_half_life=20_000.0,
-    head_width=128,
-    heads_see_t=True,
-)
+# The default. The README says what each departure from the paper is for.
+TOY = ToyRecipe(**ladd.GAME, **ladd.TARGETS, **OWN, iterations=850, student_lr=2e-4)
 # LADD proper: the adversarial game alone, without stored noise or regression to a sample.
-GAME = {"adv_weight": 1.0, "paired_share": 0.0, "distill_weight": 0.0, "distill_power": 0.0}
-GAME |= {"distill_own": False, "student_lr": 1e-4, "iterations": 1500}
-RECIPES = {"toy": TOY, "ladd": dataclasses.replace(TOY, **GAME)}
+RECIPES = {"toy": TOY, "ladd": ToyRecipe(**ladd.GAME, **OWN, iterations=1500, student_lr=1e-4)}
 OPTIONS = ladd.Options()
 
 

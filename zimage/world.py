@@ -28,35 +28,21 @@ class ZImageRecipe(ladd.Recipe):
     lora_rank: int = field(0, "rank of a LoRA on the teacher's weights; 0 trains all weights")
 
 
-# The terms and weights of the toy's recipe. Untested at this size.
-ZIMAGE = ZImageRecipe(
-    iterations=20_000,  # a guess
-    batch=32,  # four per GPU on eight: a guess
-    warmup=0,  # the toy's, as all fields without a comment
-    time_probs=(0.5, 0.2, 0.15, 0.15),
-    renoise_mean=0.5,  # the best of a published sweep, with this text vector
-    renoise_std=1.5,
-    student_lr=5e-6,  # the best of that sweep
-    head_lr=5e-5,  # ten times as fast, as in the toy: a guess
-    lr_warmup=200,  # a guess
-    adv_weight=0.5,
-    penalty_weight=5.0,
-    misaligned_weight=0.25,
-    anchor_weight=1.0,
-    paired_share=0.5,
-    distill_weight=1.0,
-    distill_power=2.0,
-    distill_own=True,
-    backward_simulation=True,
-    taps=("5", "10", "15", "20", "25", "29"),  # the published report's
-    head_width=256,  # likewise
-    heads_see_t=True,
-)
-GAME = {"adv_weight": 1.0, "paired_share": 0.0, "distill_weight": 0.0, "distill_power": 0.0}
-GAME["distill_own"] = False
+# The toy's terms and weights, and what is this size's own. Untested at this size.
+OWN = {
+    "iterations": 20_000,  # a guess
+    "batch": 32,  # four per GPU on eight: a guess
+    "renoise_mean": 0.5,  # the best of a published sweep, with this text vector
+    "student_lr": 5e-6,  # the best of that sweep
+    "head_lr": 5e-5,  # ten times as fast, as in the toy: a guess
+    "lr_warmup": 200,  # a guess
+    "taps": ("5", "10", "15", "20", "25", "29"),  # the published report's
+    "head_width": 256,  # likewise
+}
+ZIMAGE = ZImageRecipe(**ladd.GAME, **ladd.TARGETS, **OWN)
 RECIPES = {
     "zimage": ZIMAGE,
-    "zimage-ladd": dataclasses.replace(ZIMAGE, **GAME),  # the game alone, as the toy's `ladd`
+    "zimage-ladd": ZImageRecipe(**ladd.GAME, **OWN),
     "zimage-clip": dataclasses.replace(ZIMAGE, text_vector="clip", renoise_mean=1.0),  # that sweep
     # Ten times the learning rates: a guess.
     "zimage-lora": dataclasses.replace(ZIMAGE, lora_rank=64, student_lr=5e-5, head_lr=5e-4),
