@@ -2,17 +2,17 @@
 
 LADD turns a many-step diffusion or flow teacher into a student that needs 1 to 4 steps. The student
 guesses the clean sample x0 in one step. The guess and a real sample (one of the teacher's own) are
-re-noised, because the teacher knows noised inputs only, and shown to the frozen teacher. Much noise
-leaves the layout to judge, little noise the detail. Small heads on the teacher's inner features
-learn to tell the two apart; the student learns to fool them. Nothing is decoded to pixels.
+re-noised, because the teacher knows noised inputs only, and shown to the frozen teacher. Under
+much noise only layout can be judged, under little noise detail too. Small heads on the teacher's
+inner features learn to tell the two apart; the student learns to fool them. Nothing is decoded to
+pixels.
 
     python ladd.py --toy            distil the shipped Color-MNIST teacher, and print a table
     python ladd.py --toy --help     every option, with its meaning
     torchrun --nproc_per_node=8 ladd.py --zimage --data DIR     distil Z-Image (6B)
 
 This file is the method. A world (toy_mnist/, zimage/ or your own) brings teacher, data and
-evaluation: see `World`. DEPARTURE marks where we leave the paper; so do the fields of `Recipe` that
-name no source.
+evaluation: see `World`. DEPARTURE marks where we leave the paper; the README lists all departures.
 """
 
 import argparse
@@ -86,8 +86,8 @@ def guided(velocity, null_cond, w, interval=(0.0, 1.0)):
     """Classifier-free guidance (arXiv 2207.12598) as a velocity: neg + w (pos - neg).
 
     null_cond(cond) is the unconditional condition. Guidance is applied for t in the interval (arXiv
-    2404.07724). Where that is no sample, or w = 1, one pass is made instead of two: under FSDP give
-    no interval, or ranks could differ in their calls.
+    2404.07724). If no sample lies in it, or w = 1, one pass is made instead of two. Under FSDP all
+    ranks must make the same calls: leave the interval at its default there.
     """
     low, high = interval[0] - 1e-6, interval[1] + 1e-6  # t is float32: allow for rounding
 
@@ -101,7 +101,7 @@ def guided(velocity, null_cond, w, interval=(0.0, 1.0)):
     return guided_velocity
 
 
-# ---- 2. Sampling: N times are N evaluations, and the last step leaves no noise -------------------
+# ---- 2. Sampling: N times mean N evaluations; the last step goes to t = 0 ------------------------
 
 
 @torch.no_grad()
@@ -109,7 +109,7 @@ def sample_euler(velocity, noise, times, cond, renoise=None):
     """Euler steps along the ODE. noise [B, ...] of unit variance -> x0 [B, ...].
 
     times fall and stay above 0, like [1, 0.75, 0.5, 0.25]; sampling starts at times[0] * noise.
-    With renoise, a function of k = 1, 2, ... -> noise [B, ...], each step guesses x0 and noises it
+    renoise(k) -> noise [B, ...] for step k = 1, 2, ...: each step then guesses x0 and noises it
     afresh to the next time (consistency sampling, arXiv 2303.01469, algorithm 1).
     """
     x = times[0] * noise
@@ -131,7 +131,7 @@ def step_times(times, n):
 def sample_student(velocity, recipe, noise, cond, steps, index=None):
     """Sample a student in `steps` steps of its recipe's sampler. noise [B, ...] -> x0 [B, ...].
 
-    index: B integers that key each sample's fresh noise where it is re-noised (default 0 .. B - 1).
+    index: B integers; sample k's fresh noise is keyed by index[k] (default 0 .. B - 1).
     """
     index = range(len(noise)) if index is None else index
 
@@ -152,9 +152,9 @@ class LastTap(Exception):
 def tapped(root, names, forward, early_exit=True):
     """Run forward() and return the outputs of root's modules `names`, in that order.
 
-    Hooks compute nothing, because they may run inside activation checkpointing. With early_exit the
-    pass ends at the last tap. The first output counts where a module runs twice. Hooks are removed
-    whatever happens. UserError names a module that does not exist or does not run.
+    Hooks only store outputs. Activation checkpointing may run a module twice: its first output is
+    kept. With early_exit the pass ends at the last tap. Hooks are removed whatever happens.
+    UserError names a module that does not exist or does not run.
     """
     modules, outputs = dict(root.named_modules()), {}
     check(names, "taps = (): name the modules of the teacher that the heads read")
@@ -193,9 +193,9 @@ def fourier(t, n=32):
 class Head(nn.Module):
     """A feature map [B, C, H, W] and an embedding [B, E] -> one logit per patch [B, h, w].
 
-    Maps differ in scale by orders of magnitude, so constants standardise each channel. There is no
-    normalisation layer: it weakens a discriminator (R3GAN, arXiv 2501.05441), and over a small map
-    it would erase what the head must see. A map with a side over 8 is halved.
+    DEPARTURE: a fixed mean and deviation standardise each channel, measured once (`State`). There
+    is no normalisation layer: it weakens a discriminator (R3GAN, arXiv 2501.05441), and would
+    remove each sample's own mean and contrast. A map with a side over 8 is halved by a stride.
     """
 
     def __init__(self, channels, size, width, emb):
@@ -220,7 +220,7 @@ class Heads(nn.Module):
 
     DEPARTURE: with see_t the heads are conditioned on the student's own t too.
     channels, sizes: C and (H, W) of each tap. cond_dim: D, the length of a condition vector.
-    dtype: what the heads compute in; their weights are float32. head: makes one head.
+    dtype: what the heads compute in; their weights are float32. head: the class of each head.
     """
 
     def __init__(self, channels, sizes, cond_dim, width=64, see_t=False, dtype=None, head=Head):
@@ -236,27 +236,27 @@ class Heads(nn.Module):
         )
 
     def standardise(self, maps):
-        """Measure each head's constants on the maps of real samples."""
+        """Measure each head's mean and deviation on maps [B, C, H, W] of real samples."""
         for head, f in zip(self.heads, maps, strict=True):
             head.mean.copy_(f.float().mean((0, 2, 3))[:, None, None])
             head.std.copy_(f.float().std((0, 2, 3))[:, None, None] + 1e-3)
 
     def forward(self, maps, t_hat, cond, t):
         """maps [B, C, H, W] per tap, t_hat [B], cond [B, D], t [B] -> logits [B, h, w] per tap."""
-        told = torch.cat([fourier(t_hat), cond] + [fourier(t)] * self.see_t, dim=1)
+        told = torch.cat([fourier(t_hat), cond, *([fourier(t)] if self.see_t else [])], dim=1)
         each = zip(self.heads, self.embed, maps, strict=True)
         with autocast(t.device, self.dtype):
             return [head(f, embed(told)).float() for head, embed, f in each]
 
 
 def autocast(device, dtype):
-    """bfloat16 where dtype says so. No weight cache: it could outlive an optimizer step."""
+    """bfloat16 where dtype says so. No weight cache: after a step it would be stale."""
     kind = torch.device(device).type
     return torch.autocast(kind, torch.bfloat16, dtype == torch.bfloat16, cache_enabled=False)
 
 
-# ---- 5. Losses: averaged over samples and patches, then over heads -------------------------------
-# So a head with a larger map does not count for more.
+# ---- 5. Losses -----------------------------------------------------------------------------------
+# Each is averaged over samples and patches, then over heads: a larger map counts no more.
 
 
 def mean_over_heads(loss, *logits):
@@ -264,7 +264,7 @@ def mean_over_heads(loss, *logits):
     return torch.stack([loss(*k).mean() for k in zip(*logits, strict=True)]).mean()
 
 
-LOSSES = {  # name: (loss of the heads, loss of the student), each of a real and a fake logit
+LOSSES = {  # name: (loss of the heads, loss of the student), each of (real logit, fake logit)
     "hinge": (lambda real, fake: F.relu(1 - real) + F.relu(1 + fake), lambda real, fake: -fake),
 }
 
@@ -272,8 +272,9 @@ LOSSES = {  # name: (loss of the heads, loss of the student), each of a real and
 def gradient_penalty(state, recipe, b, maps, logits, told, side):
     """Approximate R1 or R2 (APT, arXiv 2501.08316), here on the heads' input features. A scalar.
 
-    mean (D(f + noise) - D(f))^2, the noise of penalty_std standard deviations of each channel: the
-    teacher is not run again. told: what the heads are conditioned on. side: keys the noise.
+    mean (D(f + noise) - D(f))^2: logits should not jump when features get a little noise, of
+    penalty_std times each channel's deviation. The teacher is not run again.
+    told: the heads' arguments besides the maps. side: keys the noise.
     """
     shaken = []
     for k, (head, f) in enumerate(zip(state.heads.heads, maps, strict=True)):
@@ -297,8 +298,9 @@ class Recipe:
     """What a run computes. The defaults are the paper's where it gives a number.
 
     F is one forward pass of the teacher. An iteration costs 3 F: the student, the teacher on real
-    and on fake. A student update adds 3 F: back through the teacher 1, and the student 2. Fields
-    that add to it say about how much. UserError where a value makes no sense.
+    and on fake. A student update adds 3 F: backward through the teacher 1 (inputs only), through
+    the student 2 (inputs and weights). A field's +1 F is what it adds, about. UserError where a
+    value makes no sense.
     """
 
     iterations: int = field(2000, "iterations; each updates the heads", least=1)
@@ -310,7 +312,7 @@ class Recipe:
     warmup: int = field(500, "iterations that use warmup_probs (LADD: 500)")
     renoise_mean: float = field(1.0, "m of t_hat ~ LogitNormal(m, s) (LADD: 1)", least=-math.inf)
     renoise_std: float = field(1.0, "s of t_hat ~ LogitNormal(m, s) (LADD: 1)")
-    share_noise: bool = field(True, "re-noise real and fake alike (DEPARTURE: less variance)")
+    share_noise: bool = field(True, "same t_hat and noise for real and fake (DEPARTURE)")
     student_lr: float = field(1e-4, "peak learning rate of the student")
     head_lr: float = field(1e-3, "peak learning rate of the heads")
     lr_warmup: int = field(50, "iterations over which both learning rates rise from 0")
@@ -325,13 +327,13 @@ class Recipe:
     penalty_std: float = field(0.1, "noise of that penalty, in standard deviations of a feature")
     misaligned_weight: float = field(0.0, "weight of misaligned pairs, `misaligned_loss`, +1 F")
     anchor_weight: float = field(0.0, "weight of the error to the teacher's v at t < 1, +1 F")
-    paired_share: float = field(0.0, "share of samples noised by the noise that made them", most=1)
-    distill_weight: float = field(0.0, "weight of the squared error to the teacher's sample")
+    paired_share: float = field(0.0, "share of samples that use their stored noise", most=1)
+    distill_weight: float = field(0.0, "weight of the squared error to a known target")
     distill_power: float = field(0.0, "divide that error by t to this power")
-    distill_own: bool = field(False, "target of other noise: the student's own sample, +1 F")
-    backward_simulation: bool = field(False, "t < 1 starts from the student's own samples, +1 F")
+    distill_own: bool = field(False, "other noise, t = 1: its target is the student's own, +1 F")
+    backward_simulation: bool = field(False, "t < 1: the inputs are the student's own steps, +1 F")
     ema_half_life: float = field(10_000.0, "half-life of the average, in samples (0 = no average)")
-    ema_ramp: float = field(0.1, "most half-life, as a share of the samples so far", least=1e-6)
+    ema_ramp: float = field(0.1, "it is at most this share of the samples so far", least=1e-6)
     taps: tuple[str, ...] = field((), "modules of the teacher that the heads read")
     head_width: int = field(64, "channels of the heads", least=1, most=8192)
     heads_see_t: bool = field(False, "condition the heads on the student's t too (DEPARTURE)")
@@ -352,12 +354,12 @@ class Recipe:
 GAME = {"warmup": 0, "time_probs": (0.5, 0.2, 0.15, 0.15), "renoise_std": 1.5}
 GAME |= {"penalty_weight": 5.0, "misaligned_weight": 0.25, "anchor_weight": 1.0}
 GAME |= {"backward_simulation": True, "heads_see_t": True}
-# And the targets of `toy` and `zimage`, beside which the game weighs less:
+# `toy` and `zimage` add targets, and give the game less weight:
 TARGETS = {"adv_weight": 0.5, "paired_share": 0.5}
 TARGETS |= {"distill_weight": 1.0, "distill_power": 2.0, "distill_own": True}
 
 
-# ---- 7. Draws: keyed by what they are for, made on the CPU (but for the penalty's noise) ---------
+# ---- 7. Draws: keyed by what they are for, made on the CPU, except the penalty's noise -----------
 # So a checkpoint stores no random state, and 1, 2 or 8 ranks see the same joint batch.
 
 
@@ -381,16 +383,16 @@ class Batch:
     index: torch.Tensor  # [B] each sample's place in the joint batch, on the CPU
     x0: torch.Tensor  # [B, ...] samples of the teacher
     cond: typing.Any  # their conditions, in the world's own form
-    real: torch.Tensor  # [B, ...] what the heads are shown as real: x0, unless the world has other
+    real: torch.Tensor  # [B, ...] what the heads are shown as real: x0, or other samples
     t: torch.Tensor  # [B] the student's time
     eps: torch.Tensor  # [B, ...] the noise of its input
     paired: torch.Tensor  # [B] is eps the stored noise, from which the teacher made x0?
     t_hat: torch.Tensor  # [B] the time to which the guess is re-noised
-    eps_hat: torch.Tensor  # [B, ...] by this noise
-    t_real: torch.Tensor  # the same for the real side
-    eps_real: torch.Tensor
+    eps_hat: torch.Tensor  # [B, ...] and the noise
+    t_real: torch.Tensor  # [B] the time to which the real sample is re-noised
+    eps_real: torch.Tensor  # [B, ...] and the noise
     x_t: torch.Tensor | None = None  # [B, ...] the student's input, filled in by `train_step`
-    real_logits: list | None = None  # [B, h, w] per tap, of the heads before their step
+    real_logits: list | None = None  # [B, h, w] per tap, set by `heads_loss`
 
 
 def draw(recipe, iteration, index, shape):
@@ -409,6 +411,7 @@ def draw(recipe, iteration, index, shape):
         noise.append(torch.randn(1 + sides, *shape, generator=gen))
     t = torch.tensor(recipe.times)[torch.cat(which)]  # [B]
     t_hat = torch.sigmoid(recipe.renoise_mean + recipe.renoise_std * torch.stack(z))  # [B, sides]
+    # The last noise is also the second where it is shared.
     eps, eps_hat, eps_real = (torch.stack(noise)[:, k] for k in (0, 1, -1))  # [B, ...]
     paired = ((index + 1) * recipe.paired_share).floor() > (index * recipe.paired_share).floor()
     draws = {"t": t, "eps": eps, "paired": paired, "t_hat": t_hat[:, 0], "eps_hat": eps_hat}
@@ -434,9 +437,9 @@ def read_batch(world, recipe, iteration, start, count, device):
 def train_step(state, world, recipe, i, micro_batch=None, losses=None):
     """Iteration i: a step of the heads, then a step of the student against these newer heads.
 
-    The gradients of micro-batches add up to those of the whole batch. With one micro-batch the
-    student's turn uses the passes of student and teacher that the heads' turn has made; with more
-    it repeats them, for 2 F. Returns metrics.
+    The gradients of micro-batches add up to those of the whole batch. With one micro-batch both
+    turns share one guess. To keep the graphs of several would take too much memory, so then the
+    student's turn guesses again, for 2 F. Returns metrics.
     losses: what takes the place of `heads_loss` and `student_loss`.
     """
     loss_of_heads, loss_of_student = losses or (heads_loss, student_loss)
@@ -477,15 +480,15 @@ def guess(student, world, b, grad):
 
 
 def student_input(student, recipe, b):
-    """x_t [B, ...], where the guess starts: the noised x0, or the student's own sample at t.
+    """The student's input x_t [B, ...]: the noised x0, or where its own steps arrive at t.
 
     Backward simulation (DMD2, arXiv 2405.14867, section 4.5) takes Euler steps from the noise to
     each sample's t, as sampling does.
     """
     if not recipe.backward_simulation:
         return interpolate(b.x0, b.eps, b.t)
-    times = recipe.times
-    return own_steps(student, b, b.eps, zip(times, times[1:], strict=False), lambda t: b.t < t)
+    steps = itertools.pairwise(recipe.times)
+    return own_steps(student, b, b.eps, steps, lambda t: b.t < t)
 
 
 @torch.no_grad()
@@ -504,9 +507,9 @@ def own_steps(student, b, x, steps, takes):
 
 
 def rows_of(mask):
-    """The indices where mask [B] is true, or [0] where there are none.
+    """The indices where mask [B] is true; if there are none, [0], a dummy.
 
-    So the network is called even then: under FSDP every rank must make the same calls.
+    So every rank calls the network, which FSDP needs. What comes of the dummy is not used.
     """
     return mask.nonzero()[:, 0] if mask.any() else mask.new_zeros(1, dtype=torch.long)
 
@@ -534,9 +537,11 @@ def misaligned_loss(state, world, recipe, b, real_logits):
     """softplus(wrong - right): a real sample scores less under another sample's condition.
 
     This ties the heads to the condition (misaligned pairs, SANA-Sprint, arXiv 2503.09641). The
-    other sample is the neighbour in the joint batch. The teacher is given the wrong condition too,
-    or the heads would merely compare two conditions.
+    other sample is the neighbour in the joint batch. The teacher is given the wrong condition too:
+    else the heads could compare what they are told with what the teacher was, without a look at
+    the sample.
     """
+    # Places 0 and 1, 2 and 3, ... of the joint batch exchange their conditions.
     wrong = b.cond[(b.index ^ 1) - b.index[0]]
     told = world.head_cond(wrong)
     differs = (told != world.head_cond(b.cond)).any(1)  # [B]
@@ -565,10 +570,11 @@ def student_loss(state, world, recipe, b, fake, x0_hat):
 
 
 def distillation_loss(student, recipe, b, x0_hat):
-    """DEPARTURE: squared error of the guess to the end of the path that its input lies on.
+    """DEPARTURE: squared error of the guess to a known target, divided by t^distill_power.
 
-    A stored noise, or a noised x0, leads to the teacher's sample. Where other noise would lead the
-    teacher is unknown: no error, or at t = 1 by distill_own that to the student's own sample.
+    The target of stored noise is the teacher's sample that was made from it. That of other noise at
+    t = 1 is, with distill_own, where the student's own steps lead; else there is none. Without
+    backward simulation the target at t < 1 is x0, for any noise.
     """
     known = b.paired | ((b.t < 1) & (not recipe.backward_simulation))
     target = b.x0
@@ -584,8 +590,8 @@ def distillation_loss(student, recipe, b, x0_hat):
 def anchor_loss(world, b, x0_hat):
     """DEPARTURE: (1 - t) times the squared error to the teacher's velocity, for t < 1.
 
-    At small t the student is almost perfect when it starts, and the game would move it away. At
-    t = 1 the weight is 0: from pure noise the teacher's own guess is only an average.
+    At small t the untrained student, a copy of the teacher, is almost right, and the game would
+    move it away. At t = 1 the weight is 0: there the teacher's guess is only an average.
     """
     rows = rows_of(b.t < 1)
     v = (b.x_t - x0_hat) / expand(b.t, b.x_t)
@@ -598,8 +604,9 @@ def anchor_loss(world, b, x0_hat):
 def diagnostics(recipe, real, fake, real_logits, fake_logits):
     """What to watch of the heads.
 
-    accuracy/TAP: how often the real logit of a pair is the larger one; 0.5 is chance.
-    diversity: mean distance of neighbours' maps at the last tap, of fakes over reals. 1 is healthy.
+    accuracy/TAP: how often the real sample's logit is above the fake's at the same place; 0.5 is
+    chance. diversity: the mean distance of neighbours in the batch at the last tap, that of fakes
+    divided by that of reals. 1 is healthy.
     """
     distances = []
     for maps in (fake[-1], real[-1]):
@@ -631,7 +638,9 @@ def clip_and_step(state, recipe, i, name):
     """
     model, opt = getattr(state, name), getattr(state, f"{name}_opt")
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    mean_over_ranks_([g for g in grads if not hasattr(g, "full_tensor")])  # FSDP's are averaged
+    mean_over_ranks_(
+        [g for g in grads if not hasattr(g, "full_tensor")]
+    )  # FSDP has averaged its own
     norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     opt.param_groups[0]["lr"] = learning_rate(recipe, i, name == "student")
@@ -691,7 +700,7 @@ class World:
         return [f[:, :, None, None] if f.ndim == 2 else f for f in maps]
 
     def anchor(self, x_t, t, cond):
-        """The velocity that anchor_weight holds the student to: guided if the samples are."""
+        """What anchor_weight holds the student's velocity to. Override it if samples are guided."""
         return self.teacher(x_t, t, cond)
 
     def head_cond(self, cond):
@@ -752,7 +761,7 @@ class State:
 
     @contextlib.contextmanager
     def averaged(self):
-        """Inside, the student has its averaged weights: they are swapped, so no copy is made."""
+        """Inside, weights and average trade places: no second model is held."""
         self.ema.swap(self.student)
         try:
             yield self.student
@@ -761,8 +770,8 @@ class State:
 
 
 def adamw(model, recipe):
-    """AdamW whose state exists from the start, as zeros. Else torch makes it when a checkpoint is
-    saved, by a step that counts, and so changes the run."""
+    """AdamW with a state from the start, zeros. Else saving a checkpoint would make it by a real
+    step, and so change the run."""
     fused = next(model.parameters()).is_cuda or None  # torch's default makes large temporaries
     betas = (recipe.beta1, recipe.beta2)
     opt = torch.optim.AdamW(model.parameters(), 0.0, betas, weight_decay=0.0, fused=fused)
@@ -778,8 +787,8 @@ def adamw(model, recipe):
 class EMA:
     """Exponential moving average of a model's parameters. half_life in samples; 0: no average.
 
-    The half-life is at most `ramp` of the samples seen so far (EDM, arXiv 2206.00364), or a short
-    run's average would be mostly its start.
+    The half-life is at most `ramp` of the samples seen so far (EDM, arXiv 2206.00364). Otherwise a
+    short run's average would be mostly its first weights.
     """
 
     def __init__(self, model, half_life, ramp):
@@ -809,16 +818,14 @@ class EMA:
 class Options:
     """How a run is carried out."""
 
-    resume: bool = field(False, "go on from the newest checkpoint; start where there is none")
+    resume: bool = field(False, "go on from the newest checkpoint, or start if there is none")
     micro_batch: int = field(0, "samples per pass and rank (0: batch / ranks)")
     evaluate_every: int = field(200, "iterations between evaluations (0: never)")
     checkpoint_every: int = field(200, "iterations between checkpoints", least=1)
     keep: int = field(2, "checkpoints to keep", least=1)
     log_every: int = field(20, "iterations averaged in a line of metrics.jsonl", least=1)
     stop_on_collapse: bool = field(False, "end the run at the first sign of collapse")
-    dtype: str = field(
-        "float32", "for networks; command line: the fastest", ("bfloat16", "float32")
-    )
+    dtype: str = field("float32", "of networks; command line: the fastest", ("bfloat16", "float32"))
 
     def __post_init__(self):
         type_fields(self)
@@ -837,7 +844,7 @@ def train(world, recipe, run, options=None, losses=None):
     check(part % 1 == 0 and part >= 2, f"batch = {recipe.batch}, {world_size()} ranks: {way_out}")
     check(
         part % size == 0 and size >= 2,
-        f"--micro-batch {size:g}: give a divisor of batch / ranks = {part:g} over 1",
+        f"--micro-batch {size:g}: give 2 or more that divide batch / ranks = {part:g}",
     )
     odd = recipe.misaligned_weight and size % 2
     check(not odd, f"micro-batches of {size:g}: misaligned pairs need an even number of samples")
@@ -885,7 +892,7 @@ def claim(run, config, resume, stack):
         stack.enter_context(FileLock(run / ".lock", blocking=False))
     except Timeout:
         raise UserError(f"--name {run.name}: another process is training {run}") from None
-    if new:  # it goes again if the run can't start
+    if new:  # the folder is deleted if the run can't start
         stack.callback(lambda: (run / "config.json").exists() or shutil.rmtree(run))
     if (run / "config.json").exists():
         check(resume, f"--name {run.name}: {run} exists; give another name, or --resume it")
@@ -989,7 +996,7 @@ def mean_over_ranks_(tensors):
 
 
 # ---- 12. Files: written beside their place and renamed, so a kill leaves no half of one ----------
-# Weights and caches are safetensors. Checkpoints are trusted local files, complete by .metadata.
+# Weights and caches are safetensors. Checkpoints are trusted local files, complete with .metadata.
 
 
 @contextlib.contextmanager
@@ -1016,9 +1023,7 @@ def write_json(path, value):
 
 def save_weights(path, tensors, about):
     """Write tensors as safetensors; `about`, a dict with a "kind", goes into the file's header."""
-    tensors = {
-        k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()
-    }  # shared storage is refused
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     with replacing(path) as part:
         save_file(tensors, part, {"about": json.dumps(about)})
 
@@ -1182,7 +1187,7 @@ def given(options, cls):
 
 
 def resolve_recipe(recipes, options):
-    """The recipe by name or of a config.json, with the command line's fields over it."""
+    """The recipe by name, of a config.json or of the run --name; the command line's fields win."""
     recipe = recipes.get(options.recipe, next(iter(recipes.values())))
     config = Path(options.recipe or options.out / options.name / "config.json")
     known = options.recipe in ("", *recipes) or config.is_file()
@@ -1245,8 +1250,8 @@ def distil(argv):
     try:
         state = train(world, recipe, run, run_options)
     finally:
-        with contextlib.suppress(OSError):
-            run.rmdir()  # if it is empty: the run could not start
+        with contextlib.suppress(OSError):  # rmdir refuses a folder that holds anything
+            run.rmdir()
     with state.averaged() as student:
         world.finish(student, run)
 
@@ -1283,6 +1288,6 @@ def main(argv=None):
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
-    import ladd  # hand over to the imported module, so that no class exists twice
+    import ladd  # as __main__ and as ladd there would be two of each class
 
     sys.exit(ladd.main())

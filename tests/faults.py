@@ -796,6 +796,14 @@ FAULTS = [
     ),
     Fault(
         0,
+        "the toy's anchor is not guided as its samples are",
+        "toy_mnist/world.py",
+        "return self.guide(self.teacher)(x_t, t, label)",
+        "return self.teacher(x_t, t, label)",
+        "test_toy.py::test_the_teachers_samples_are_guided_as_the_recipe_says",
+    ),
+    Fault(
+        0,
         "the heads' constants are not measured",
         "ladd.py",
         "            self.heads.standardise(maps)\n",

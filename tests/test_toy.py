@@ -604,6 +604,9 @@ def test_the_teachers_samples_are_guided_as_the_recipe_says(toy):
     made, cost = world.run_sampler(world.sample_teacher, world.teacher, noise, label, "")
     close(made, expected, 1e-4)
     assert cost["nfe"] == passes in (6, 7, 8) and cost["ms_per_image"] > 0
+    # The anchor holds the student to the velocity that made these samples.
+    own = ladd.sample_euler(world.anchor, noise, time_grid(5), label).clamp(-1, 1)
+    close(own, expected, 1e-4)
 
 
 def test_a_batch_holds_samples_with_the_noise_that_leads_to_them(toy):

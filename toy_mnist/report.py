@@ -1,7 +1,12 @@
-"""What a toy run leaves at its end: a table, report.json, report.md and report.png."""
+"""What a toy run leaves at its end: a table, report.json, report.md and report.png.
+
+python -m toy_mnist.report runs/ONE runs/OTHER --picture FILE      draw runs beneath each other
+"""
 
 import dataclasses
 import json
+import sys
+from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
@@ -10,6 +15,7 @@ from torchvision.utils import make_grid
 
 import ladd
 from toy_mnist.edm import sample_dpm
+from toy_mnist.judge import WEIGHTS, Judge
 
 COLUMNS = ("NFE", "FID", "KID", "accuracy", "hue entropy", "ms/image")
 
@@ -110,10 +116,26 @@ def draw(world, run, student, rows):
         ax.imshow(grid.permute(1, 2, 0).numpy())
         ax.set_title(f"{row['name']}: FID {row['fid']:.2f}", fontsize=14)
         ax.axis("off")
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for ax, curve in zip(beneath.subplots(1, 4), curves(world, steps), strict=True):
-        draw_curve(ax, lines, world.recipe.batch, *curve)
+    plots = curves(world.judge, dataclasses.asdict(world.recipe), steps)
+    for ax, curve in zip(beneath.subplots(1, 4), plots, strict=True):
+        draw_curve(ax, run, world.recipe.batch, *curve)
     figure.savefig(run / "report.png", dpi=100)
+
+
+def compare(runs, picture):
+    """A picture with a row for each run: its last samples, hue entropy and losses."""
+    judge = Judge(WEIGHTS, "cpu", "judge", None)
+    figure = Figure(figsize=(14, 3.5 * len(runs)), layout="constrained")
+    for (left, *others), run in zip(
+        figure.subplots(len(runs), 3, sharey="col", squeeze=False), runs, strict=True
+    ):
+        recipe = ladd.read_config(run / "config.json")["recipe"]
+        left.imshow(Image.open(max((run / "samples").glob("*.png"))))
+        left.set_title(f"{run.name}: two rows each of 4, 2 and 1 steps", fontsize=12)
+        left.axis("off")
+        for ax, curve in zip(others, curves(judge, recipe, (4, 2, 1))[1:3], strict=True):
+            draw_curve(ax, run, recipe["batch"], *curve)
+    figure.savefig(picture, dpi=100)
 
 
 def draw_gif(run):
@@ -126,32 +148,44 @@ def draw_gif(run):
         )
 
 
-def curves(world, steps):
+def curves(judge, recipe, steps):
     """(title, {metric: label}, level of a dashed line, its label, scale) of each plot."""
-    judge, recipe = world.judge, world.recipe
     zero = torch.zeros(1)  # the logit of a head that knows nothing
-    chance = float(ladd.LOSSES[recipe.loss][0](zero, zero))
+    chance = float(ladd.LOSSES[recipe["loss"]][0](zero, zero))
     losses = {"heads_loss": "heads", "student_loss": "student", "distill_loss": "distillation"}
     fid = {f"fid@{s}": f"{s} steps" for s in steps}
     hue = {f"hue_entropy@{s}": f"{s} steps" for s in steps}
-    taps = {f"accuracy/{tap}": tap for tap in recipe.taps}
+    taps = {f"accuracy/{tap}": tap for tap in recipe["taps"]}
     return [
-        ("FID", fid, judge.curve_floor, "real images", "log"),
+        ("FID of 1,000 images", fid, judge.curve_floor, "real images", "log"),
         ("hue entropy", hue, judge.hue_entropy, "real images", "linear"),
         ("loss", losses, chance, "heads at chance", "linear"),
         ("accuracy of the heads", taps, 0.5, "chance", "linear"),
     ]
 
 
-def draw_curve(ax, lines, batch, title, names, level, meaning, scale):
-    """One plot of metrics over the images seen. lines: those of metrics.jsonl."""
+def draw_curve(ax, run, batch, title, names, level, meaning, scale):
+    """One plot of a run's metrics over the images seen."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for key, label in names.items():
         points = [(line["iteration"] * batch, line[key]) for line in lines if key in line]
         if points:
             ax.plot(*zip(*points, strict=True), label=label, marker=".")
     ax.axhline(level, color="grey", linestyle="--", label=meaning)
-    ax.set_xlabel("images seen (iterations × batch)", fontsize=12)
+    ax.set_xlabel("images seen", fontsize=12)
     ax.set_ylabel(title, fontsize=12)
     ax.set_yscale(scale)
     ax.set_xlim(0)
     ax.legend(fontsize=10)
+
+
+def main(argv):
+    parser = ladd.Parser("python -m toy_mnist.report", description="draw runs beneath each other")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of toy runs")
+    parser.add_argument("--picture", required=True, metavar="FILE", help="the PNG to write")
+    options = parser.parse_args(argv)
+    compare(options.runs, options.picture)
+
+
+if __name__ == "__main__":
+    sys.exit(ladd.run_command_line(main))

@@ -126,6 +126,9 @@ class ToyWorld(ladd.World):
         velocity = self.teacher
         return ladd.tapped(velocity.net, self.recipe.taps, lambda: velocity(x_t, t, cond))
 
+    def anchor(self, x_t, t, label):
+        return self.guide(self.teacher)(x_t, t, label)
+
     def head_cond(self, label):
         return F.one_hot(label, 10).float()
 
