@@ -753,6 +753,9 @@ class State:
             told = (world.head_cond(b.cond).shape[1], recipe.head_width, recipe.heads_see_t)
             self.heads = world.make_heads(channels, sizes, *told, dtype).to(device)
             self.heads.standardise(maps)
+            # Rank 0's, weights and constants: other devices may draw and round otherwise.
+            for v in self.heads.state_dict().values() if world_size() > 1 else ():
+                dist.broadcast(v, 0)
         self.student_opt = adamw(self.student, recipe)
         self.heads_opt = adamw(self.heads, recipe)
         self.ema = EMA(self.student, recipe.ema_half_life, recipe.ema_ramp)
@@ -842,10 +845,8 @@ def train(world, recipe, run, options=None, losses=None):
     size = options.micro_batch or part
     way_out = "give a multiple of the ranks, at least two samples for each"
     check(part % 1 == 0 and part >= 2, f"batch = {recipe.batch}, {world_size()} ranks: {way_out}")
-    check(
-        part % size == 0 and size >= 2,
-        f"--micro-batch {size:g}: give 2 or more that divide batch / ranks = {part:g}",
-    )
+    ok = part % size == 0 and size >= 2
+    check(ok, f"--micro-batch {size:g}: give 2 or more that divide batch / ranks = {part:g}")
     odd = recipe.misaligned_weight and size % 2
     check(not odd, f"micro-batches of {size:g}: misaligned pairs need an even number of samples")
     with contextlib.ExitStack() as stack:
@@ -1023,6 +1024,7 @@ def write_json(path, value):
 
 def save_weights(path, tensors, about):
     """Write tensors as safetensors; `about`, a dict with a "kind", goes into the file's header."""
+    # Each has storage of its own: safetensors refuses a shared one.
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     with replacing(path) as part:
         save_file(tensors, part, {"about": json.dumps(about)})

@@ -582,6 +582,25 @@ def test_trouble_on_one_rank_is_trouble_on_both(tmp_path):
         assert "collapsed at iteration 3" in found["collapsed"]
 
 
+def heads_at_start(rank, folder=None):
+    """The heads of a world that draws weights and measures features otherwise on each rank."""
+    world = tiny.World(RECIPE)
+    make, features = world.make_heads, world.features
+
+    def make_heads(*args):
+        torch.manual_seed(rank)
+        return make(*args)
+
+    world.make_heads = make_heads
+    world.features = lambda *args: [f * (1 + rank) for f in features(*args)]
+    return tiny.make_state(world, RECIPE).heads.state_dict()
+
+
+def test_every_rank_starts_with_the_heads_of_the_first(tmp_path):
+    first, second = on_ranks(2, tmp_path, heads_at_start)
+    assert tiny.same(first, heads_at_start(0)) and tiny.same(second, first)
+
+
 SLOW = {**FIELDS, "student_lr": 1e-3, "head_lr": 1e-3}  # since AdamW enlarges rounding
 
 

@@ -160,7 +160,7 @@ def trace(recipe, options, n, student_turn=True, config=None):
             "student": list(state.student.parameters()),
             "optimizer": list(state.student_opt.state.values()),
             "average": state.ema.mean,
-            "heads": [*state.heads.parameters(), *state.heads_opt.state.values()],
+            "heads": [*state.heads.state_dict().values(), *state.heads_opt.state.values()],
         }
         for group, tensors in fixed.items():
             found.live.update((storage, [group]) for storage in storages(tensors))
