@@ -60,8 +60,9 @@ def data(model, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_group():
-    """A process group that a test has started ends with it."""
+    """A process group that a test has started ends with it, and what it has set of TF32."""
     yield
+    torch.backends.cuda.matmul.allow_tf32 = False
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -96,10 +97,10 @@ def make_batch(pipe, *prompts, h=8, w=12):
     return z, Prompts(captions, torch.stack([c.mean(0) for c in captions]))
 
 
-def make_world(model, data, sharded=False, **changes):
+def make_world(model, data, sharded=False, dtype="float32", **changes):
     """The world of a recipe of `changes`, made as the command line makes it."""
     recipe = dataclasses.replace(zworld.ZIMAGE, taps=("1", "3"), head_width=16, batch=BATCH)
-    options = {"model": str(model), "data": str(data), "dtype": "float32", "keep": 2}
+    options = {"model": str(model), "data": str(data), "dtype": dtype, "keep": 2}
     options |= {"teacher_sharded": sharded, "no_checkpointing": False, "compile": False}
     recipe = dataclasses.replace(recipe, **changes)
     return zworld.ZImageWorld(recipe, types.SimpleNamespace(**options), CPU)
@@ -364,6 +365,13 @@ def test_a_lora_student_starts_as_the_teacher_whose_weights_it_shares(dtype):
     reached = [p for p in trained if p.grad is not None and p.grad.any()]
     assert len(reached) == len(trained) / 2  # every B; no A, before its B has left 0
     assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_tf32_is_for_a_lora_beside_bfloat16_alone(dtype, model, data):
+    torch.backends.cuda.matmul.allow_tf32 = dtype == "float32"
+    make_world(model, data, dtype=dtype, lora_rank=4)
+    assert torch.backends.cuda.matmul.allow_tf32 == (dtype == "bfloat16")
 
 
 def test_nothing_but_lora_is_trained_averaged_and_saved(adapted, pipe):

@@ -104,6 +104,8 @@ class ZImageWorld(ladd.World):
         why = "--teacher-sharded: a LoRA student uses the teacher's own weights, whole on each GPU"
         check(not (recipe.lora_rank and options.teacher_sharded), f"{why}; leave it out")
         self.options, self.device, self.dtype = options, device, getattr(torch, options.dtype)
+        # For a LoRA's float32 factors beside bfloat16; float32 that is asked for stays exact.
+        torch.backends.cuda.matmul.allow_tf32 = self.dtype == torch.bfloat16
         self.data = Latents(options.data, vector=recipe.text_vector)
         sizes = self.data.sizes
         self.shown = [k for k in range(len(sizes)) if sizes[k] == sizes[0]][:GRID]  # in grids
