@@ -101,7 +101,7 @@ def make_world(model, data, sharded=False, dtype="float32", **changes):
     """The world of a recipe of `changes`, made as the command line makes it."""
     recipe = dataclasses.replace(zworld.ZIMAGE, taps=("1", "3"), head_width=16, batch=BATCH)
     options = {"model": str(model), "data": str(data), "dtype": dtype, "keep": 2}
-    options |= {"teacher_sharded": sharded, "no_checkpointing": False, "compile": False}
+    options |= {"teacher_sharded": sharded, "checkpointing": "both", "compile": False}
     recipe = dataclasses.replace(recipe, **changes)
     return zworld.ZImageWorld(recipe, types.SimpleNamespace(**options), CPU)
 
@@ -282,7 +282,7 @@ def test_killed_and_resumed_is_never_killed(alone, model, data, tmp_path):
 
 def test_bfloat16_computes_and_float32_learns(model, data, tmp_path):
     """Weights in bfloat16 would round an update of 5e-6 away."""
-    more = ["--dtype", "bfloat16", "--teacher-sharded", "--no-checkpointing", "--gen-every", 1]
+    more = ["--dtype", "bfloat16", "--teacher-sharded", "--checkpointing=none", "--gen-every", 1]
     assert distil(model, data, tmp_path, "--iterations", 2, *more) == 0
     state, moved, total = checkpoint(tmp_path / "a"), 0, 0
     for k, w in tiny_zimage.transformer().state_dict().items():

@@ -18,15 +18,14 @@ RECIPE = world.ZImageRecipe(batch=16, taps=("0",), head_width=8)
 
 def options(words):
     parser = ladd.Parser()
-    plan.add_arguments(parser)
+    world.add_arguments(parser)
     ladd.add_fields(parser, ladd.Options())
-    parser.set_defaults(teacher_sharded=False, no_checkpointing=False, checkpointing="both")
     return parser.parse_args(["--gpus", "2", *words.split()])
 
 
-def trace(recipe=RECIPE, n=4, student_turn=True, pixels=128):
+def trace(recipe=RECIPE, n=4, student_turn=True, words="--resolution 128"):
     torch.distributed.init_process_group("fake", store=plan.FakeStore(), rank=0, world_size=2)
-    found = plan.trace(recipe, options(f"--resolution {pixels}"), n, student_turn, CONFIG)
+    found = plan.trace(recipe, options(words), n, student_turn, CONFIG)
     torch.distributed.destroy_process_group()
     return found
 
@@ -77,7 +76,7 @@ def test_flops_of_the_students_own_steps_and_of_the_anchor_are_means():
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_memory_of_what_stays_is_right_to_the_byte(rank):
-    groups = trace(dataclasses.replace(RECIPE, lora_rank=rank), n=1, pixels=16).groups
+    groups = trace(dataclasses.replace(RECIPE, lora_rank=rank), n=1, words="--resolution 16").groups
     net = fsdp.skeleton(CONFIG)
     shapes = [p.shape for p in net.parameters()]
     own = sum(math.ceil(s[0] / 2) * math.prod(s[1:]) for s in shapes)  # half of each weight
@@ -122,6 +121,20 @@ def test_activations_are_the_bytes_that_torch_saves(checkpointing):
     made = sum(s.nbytes() for s in found.live if s._cdata not in before)
     real = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in known)
     assert made - out.untyped_storage().nbytes() == real
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_plan_follows_checkpointing_of_student_and_teacher(rank):
+    recipe, found = dataclasses.replace(RECIPE, lora_rank=rank), []
+    for which in ("both", "student", "none"):
+        found.append(trace(recipe, 8, words=f"--resolution 128 --checkpointing {which}"))
+    both, student, none = (f.groups["activations"] for f in found)
+    assert both < student < none
+    # What each keeps is not computed again: the blocks up to the teacher's tap, or all of them.
+    teacher = sum(block(tokens) for tokens in (IMAGE, IMAGE + TEXT)) + 2 * 8 * D * D
+    blocks = teacher + block(TEXT) + block(IMAGE + TEXT) + 8 * D * D
+    blocks += 2 * 3 * (IMAGE + TEXT) * lora.size(fsdp.skeleton(CONFIG), rank) / 4
+    assert [found[0].flops - found[1].flops, found[1].flops - found[2].flops] == [teacher, blocks]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU to measure on")

@@ -140,7 +140,8 @@ def trace(recipe, options, n, student_turn=True, config=None):
         check_taps(recipe.taps, len(net.layers))
         if options.teacher_sharded:
             fsdp.shard(net, world.device, world.dtype, reshard_after_forward=None)
-        world.set_checkpointing(net.to_empty(device="cpu").eval().requires_grad_(False))
+        net.to_empty(device="cpu").eval().requires_grad_(False)
+        world.set_checkpointing(net, "teacher")
         world.teacher, features = adapter.ZImageVelocity(net, world.dtype), net.config.cap_feat_dim
         world.nothing = torch.empty(32, features)
 

@@ -58,8 +58,8 @@ def add_arguments(group):
     add("--data", metavar="DIR", help="what python -m zimage.precompute wrote")
     text = "shard the teacher over the ranks too (default: whole on each, 12.3 GB)"
     add("--teacher-sharded", action="store_true", help=text)
-    text = "keep all activations: faster, and far more memory"
-    add("--no-checkpointing", action="store_true", help=text)
+    text = "whose activations are computed again, not kept: slower, far less memory (both)"
+    add("--checkpointing", choices=("student", "both", "none"), default="both", help=text)
     text = "torch.compile the blocks of student and teacher"
     add("--compile", action="store_true", help=text)
     plan.add_arguments(group)
@@ -127,7 +127,7 @@ class ZImageWorld(ladd.World):
             self.nothing = ladd.on_rank0(lambda: self.encode_nothing(folder)).to(device)
         sharded = options.teacher_sharded
         teacher = fsdp.load_teacher(folder / "transformer", config, self.dtype, device, sharded)
-        self.set_checkpointing(teacher)
+        self.set_checkpointing(teacher, "teacher")
         super().__init__(adapter.ZImageVelocity(teacher, self.dtype), recipe)
 
     def encode_nothing(self, folder):
@@ -168,15 +168,15 @@ class ZImageWorld(ladd.World):
         else:
             transformer = fsdp.make_student(teacher, self.device, self.dtype)
             student = adapter.ZImageVelocity(transformer, self.dtype)
-        self.set_checkpointing(student.transformer)
+        self.set_checkpointing(student.transformer, "student")
         if not self.whole_teacher:
             del teacher.layers[max(map(int, self.recipe.taps)) + 1 :]
         if self.options.compile:
             self.compile(student)
         return student
 
-    def set_checkpointing(self, transformer):
-        if not self.options.no_checkpointing:
+    def set_checkpointing(self, transformer, role):
+        if self.options.checkpointing in (role, "both"):
             transformer.enable_gradient_checkpointing()
 
     def features(self, x_t, t, cond):
