@@ -231,9 +231,8 @@ class Heads(nn.Module):
             nn.Sequential(nn.Linear(told, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
             for _ in channels
         )
-        self.heads = nn.ModuleList(
-            head(c, size, width, emb) for c, size in zip(channels, sizes, strict=True)
-        )
+        maps = zip(channels, sizes, strict=True)
+        self.heads = nn.ModuleList(head(c, size, width, emb) for c, size in maps)
 
     def standardise(self, maps):
         """Measure each head's mean and deviation on maps [B, C, H, W] of real samples."""
@@ -864,6 +863,10 @@ def train(world, recipe, run, options=None, losses=None):
             last = done == recipe.iterations
             if done % options.log_every == 0 or last:
                 metrics, window = mean_metrics(window), []
+                metrics["samples_per_second"] = recipe.batch / metrics["seconds"]
+                if device.type == "cuda":  # of rank 0, since the last line
+                    metrics["peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+                    torch.cuda.reset_peak_memory_stats(device)
                 log_metrics(run, done, metrics)
                 words = [f"{k} {v:.3f}" for k, v in metrics.items() if "/" not in k]
                 print0(f"iteration {done} of {recipe.iterations}: {', '.join(words)}")
@@ -1067,10 +1070,9 @@ def load_checkpoint(run, state_dict):
         if newest is None or path > newest:
             print0(f"{path}: cut off, passed over", file=sys.stderr)
     print0(f"going on from {newest}" if newest else "no complete checkpoint: training starts")
-    if newest is None:
-        return state_dict, 0
-    dcp.load(state_dict, checkpoint_id=newest, no_dist=not dist.is_initialized())
-    return state_dict, step_of(newest)
+    if newest:
+        dcp.load(state_dict, checkpoint_id=newest, no_dist=not dist.is_initialized())
+    return state_dict, step_of(newest) if newest else 0
 
 
 def snapshot(state):

@@ -42,10 +42,13 @@ def train(run, world=None, recipe=RECIPE, losses=(ladd.heads_loss, ladd.student_
     return ladd.train(world, recipe, run, ladd.Options(**options), losses)
 
 
-def log_of(run):
+MEASURED = {"seconds", "samples_per_second", "peak_gb"}
+
+
+def log_of(run, without=MEASURED):
     """metrics.jsonl without its clock."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in without} for line in lines]
 
 
 def at_iteration(iteration, act, world=None):
@@ -366,6 +369,25 @@ def test_the_log_has_the_mean_of_each_window(tmp_path, whole):
         for name in ("heads_loss", "student_loss", "student_grad_norm"):
             values = [one[name] for one in part if name in one]
             assert line[name] == pytest.approx(sum(values) / len(values), rel=1e-9)
+    for line in log_of(tmp_path / "run", without=()):
+        assert line["samples_per_second"] == pytest.approx(RECIPE.batch / line["seconds"])
+        assert "peak_gb" not in line
+
+
+def test_the_log_has_the_most_memory_of_a_gpu_since_the_last_line(tmp_path, monkeypatch):
+    """On a GPU that is made up: the run computes on the CPU."""
+    world, state_of, peaks = tiny.World(RECIPE), ladd.State, [3e9, 2e9, 1e9]
+
+    def on_the_cpu(world, recipe, device, dtype):
+        del world.teacher.parameters
+        return state_of(world, recipe, tiny.CPU, dtype)
+
+    world.teacher.parameters = lambda: iter([types.SimpleNamespace(device=torch.device("cuda"))])
+    monkeypatch.setattr(ladd, "State", on_the_cpu)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peaks[0])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peaks.pop(0))
+    train(tmp_path / "run", world, log_every=2)
+    assert [line["peak_gb"] for line in log_of(tmp_path / "run", without=())] == [3, 2, 1]
 
 
 def test_config_holds_recipe_difference_data_and_versions(never_killed, tmp_path, capsys):
