@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import importlib
 import itertools
@@ -161,15 +162,12 @@ def tapped(root, names, forward, early_exit=True):
     for name in names:
         check(name in modules, f"taps: {name!r} is no module of the teacher")
 
-    def hook_for(name):
-        def hook(module, inputs, output):
-            outputs.setdefault(name, output)
-            if early_exit and len(outputs) == len(names):
-                raise LastTap
+    def hook(name, module, inputs, output):
+        outputs.setdefault(name, output)
+        if early_exit and len(outputs) == len(names):
+            raise LastTap
 
-        return hook
-
-    handles = [modules[name].register_forward_hook(hook_for(name)) for name in names]
+    handles = [modules[k].register_forward_hook(functools.partial(hook, k)) for k in names]
     try:
         with contextlib.suppress(LastTap):
             forward()
@@ -723,7 +721,8 @@ class World:
     def evaluate(self, student, run, step):
         """Metrics of a student, and a grid as run/samples/STEP.png. Every rank calls it.
 
-        "score" (lower is better) chooses the best student. "collapse" lists signs of collapse.
+        "score" (lower is better) chooses the best student: it must fall by more than "score_error"
+        (default 0). "collapse" lists signs of collapse.
         """
         return {}
 
@@ -932,7 +931,7 @@ def evaluate(state, world, run, step):
         metrics = world.evaluate(student, run, step)
         signs = metrics.pop("collapse", [])
         score = metrics.get("score", math.inf)
-        if any_rank(score < state.best):
+        if any_rank(score < state.best - metrics.get("score_error", 0.0)):
             state.best = score
             world.save(student, run, "best")
     log_metrics(run, step, {**metrics, "collapsed": float(bool(signs))})
@@ -1246,10 +1245,10 @@ def distil(argv):
     module, options, recipe = parse(argv)
     device = pick_device(options.device)
     options.dtype = options.dtype or default_dtype(device)
+    run_options = dataclasses.replace(module.OPTIONS, **given(options, Options))
     world = module.make_world(recipe, options, device)
     if options.sample:
         return world.sample(options.run, options.steps or len(recipe.times))
-    run_options = dataclasses.replace(module.OPTIONS, **given(options, Options))
     run = options.run or on_rank0(lambda: numbered_folder(options.out))
     try:
         state = train(world, recipe, run, run_options)

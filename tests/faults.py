@@ -785,6 +785,30 @@ FAULTS = [
         "pass",
         "test_run.py::test_the_log_has_the_most_memory_of_a_gpu_since_the_last_line",
     ),
+    Fault(
+        0,
+        "a student that is better by chance replaces the best",
+        "ladd.py",
+        'state.best - metrics.get("score_error", 0.0)',
+        "state.best",
+        "test_run.py::test_the_averaged_student_is_evaluated_and_the_best_is_kept",
+    ),
+    Fault(
+        0,
+        "the samples to judge by are trained on",
+        "zimage/data.py",
+        "by_length = sorted(self.trained,",
+        "by_length = sorted(range(len(self)),",
+        "test_zimage_data.py::test_held_out_samples_are_judged_by_and_never_trained_on",
+    ),
+    Fault(
+        0,
+        "KID of each rank's first batch alone",
+        "zimage/world.py",
+        "batches[k % len(batches)]",
+        "batches[ladd.rank() % len(batches)]",
+        "test_zimage.py::test_feature_kid_equals_an_independent_one_on_any_ranks",
+    ),
     # the terms of the game
     Fault(
         0,

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten_with_path
 import tiny_zimage
 
 import ladd
-from zimage import adapter, export, fsdp, lora, precompute, sample, sampling
+from zimage import adapter, export, fsdp, lora, plan, precompute, sample, sampling
 from zimage import world as zworld
 from zimage.adapter import Prompts, ZImageVelocity
 
@@ -102,6 +102,7 @@ def make_world(model, data, sharded=False, dtype="float32", **changes):
     recipe = dataclasses.replace(zworld.ZIMAGE, taps=("1", "3"), head_width=16, batch=BATCH)
     options = {"model": str(model), "data": str(data), "dtype": dtype, "keep": 2}
     options |= {"teacher_sharded": sharded, "checkpointing": "both", "compile": False}
+    options["micro_batch"] = "2"
     recipe = dataclasses.replace(recipe, **changes)
     return zworld.ZImageWorld(recipe, types.SimpleNamespace(**options), CPU)
 
@@ -321,11 +322,17 @@ def test_signs_of_collapse_are_named(model, data, tmp_path):
         calls.append(t)
         return x_t / ladd.expand(t, x_t)
 
+    world.teacher.register_forward_pre_hook(lambda net, args: calls.append(args[1]))
     metrics = world.evaluate(to_zero, tmp_path, 2)
-    assert len(calls) == 1 + 2 + 4 and metrics["variance@2"] == 0
+    # Seven samples of the grid's size, and three held out: as the plan counts them.
+    assert sum(map(len, calls)) == 7 / 8 * plan.GRIDS + 3 * plan.JUDGED
+    assert metrics["variance@2"] == 0
     signs = [sign.split()[0] for sign in metrics["collapse"]]
     assert signs == ["variance@1", "variance@2", "variance@4", "feature_diversity"]
     assert metrics["feature_diversity"] < 0.8 < healthy["feature_diversity"]
+    assert metrics["feature_kid"] > 2 * healthy["feature_kid"]
+    assert metrics["score"] == metrics["feature_kid"]
+    assert metrics["score_error"] == metrics["feature_kid_error"]
 
 
 # ---- LoRA ---------------------------------------------------------------------------------------
@@ -468,6 +475,12 @@ def term_gradients(model, data):
     return made
 
 
+def judged(model, data):
+    """The KID that two ranks share, and a third one has nothing to do for; and its error."""
+    world = make_world(model, data)
+    return world.feature_kid(world.make_student())
+
+
 FORKS = multiprocessing.get_context("forkserver")  # a process that has everything imported
 FORKS.set_forkserver_preload(["test_zimage"])
 
@@ -477,20 +490,20 @@ def as_rank(rank, ranks, out, folders, argv):
     torch.set_num_threads(1)
     meeting = {"init_method": f"file://{out}/meeting", "rank": rank, "world_size": ranks}
     dist.init_process_group("gloo", **meeting)
-    gradients = term_gradients(*folders)
+    found = term_gradients(*folders), judged(*folders)
     if rank == 0:
-        torch.save(gradients, out / "gradients.pt")
+        torch.save(found, out / "found.pt")
     sys.exit(ladd.main(argv))
 
 
 @pytest.fixture(scope="module")
 def together(model, data, tmp_path_factory):
-    """The gradients of 2 and 3 ranks, and a run that 2 ranks begin, 1 resumes and 3 end."""
+    """Gradients and KID of 2 and 3 ranks, and a run that 2 ranks begin, 1 resumes and 3 end."""
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
     multiprocessing.forkserver.ensure_running()
     monkeypatch.undo()
-    runs, gradients = tmp_path_factory.mktemp("together"), {}
+    runs, found = tmp_path_factory.mktemp("together"), {}
     for ranks, iterations in ((2, 2), (1, 4), (3, 6)):
         more = ["--gen-every", 2, "--checkpoint-every", 2, "--iterations", iterations]
         argv = job(model, data, runs, *more, "--resume", "--evaluate-every", 5)
@@ -507,15 +520,43 @@ def together(model, data, tmp_path_factory):
         for process in processes:
             process.join(200)
             assert process.exitcode == 0
-        gradients[ranks] = torch.load(out / "gradients.pt")
-    return runs / "a", gradients
+        found[ranks] = torch.load(out / "found.pt")
+    return runs / "a", found
 
 
 def test_gradients_of_several_ranks_are_those_of_one(together, model, data):
     for name, of_one in term_gradients(model, data).items():
-        for ranks, made in together[1].items():
+        for ranks, (made, _) in together[1].items():
             for part, a, b in zip(("heads", "student"), made[name], of_one, strict=True):
                 assert distance(a, b) < 1e-5, (name, ranks, part)
+
+
+def kid_by_hand(x, y):
+    """The unbiased squared MMD of [n, C] under the kernel (x.y / C + 1)^3."""
+    n, kernel = len(x), lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3
+    same = [(kernel(a, a).sum() - kernel(a, a).trace()) / (n * (n - 1)) for a in (x, y)]
+    return float(sum(same) - 2 * kernel(x, y).mean())
+
+
+@torch.no_grad()
+def test_feature_kid_equals_an_independent_one_on_any_ranks(together, model, data):
+    world, t = make_world(model, data), torch.tensor([0.5])
+    student, found = world.make_student(), []
+    for k in (11, 12, 13):  # each alone
+        x0, cond, _ = world.data.get([k])
+        noise = ladd.keyed_noise([k], x0.shape[1:], "feature_kid")
+        fake = ladd.sample_euler(student, noise, [1, 0.75, 0.5, 0.25], cond)
+        eps = ladd.keyed_noise([0], x0.shape[1:], "diversity")
+        maps = [world.features((x + eps) / 2, t, cond)[-1][0] for x in (fake, x0)]
+        found.append(torch.stack([m.double().flatten(1).mean(1) for m in maps]))
+    x, y = torch.stack(found, 1)
+    x, y = ((z - y.mean(0)) / (y.std(0) + 1e-3) for z in (x, y))
+    kid = kid_by_hand(x, y)
+    kids = [kid_by_hand(x[rows], y[rows]) for rows in ([1, 2], [0, 2], [0, 1])]
+    error = (2 / 3 * sum((k - sum(kids) / 3) ** 2 for k in kids)) ** 0.5
+    for made in (judged(model, data), *(kid for _, kid in together[1].values())):
+        assert made["feature_kid"] == pytest.approx(kid, rel=1e-3)
+        assert made["feature_kid_error"] == pytest.approx(error, rel=1e-3)
 
 
 def test_two_ranks_then_one_then_three_train_as_one_does(together, alone):

@@ -457,21 +457,40 @@ def test_read_is_a_window_on_the_joint_batches(latents):
 @pytest.mark.parametrize("batch", [1, 4, 16])
 def test_every_epoch_shows_every_sample_in_batches_of_one_size(batch):
     made = data.Latents.__new__(data.Latents)  # without any file
-    made.about = {"count": 203}
+    made.about, made.trained = {"count": 203}, range(203 - data.count_held_out(203))
     made.lengths = torch.randint(5, 120, (203,), generator=ladd.generator("test")).tolist()
     three = ((64, 64), (48, 80), (80, 48))
     made.sizes = [three[i % 3] if i else (8, 8) for i in range(203)]  # (8, 8) has one sample
     epochs = [made.epoch_batches(e, batch, 5) for e in (0, 1, 0)]
     for batches in epochs:
-        assert len(batches) == sum(-(-n // batch) for n in Counter(made.sizes).values())
-        assert {i for b in batches for i in b} == set(range(203))
+        assert len(batches) == sum(-(-n // batch) for n in Counter(made.sizes[:183]).values())
+        assert {i for b in batches for i in b} == set(range(183))
         assert all(len(b) == batch and len({made.sizes[i] for i in b}) == 1 for b in batches)
         lengths = [{adapter.padded_length(made.lengths[i]) for i in b} for b in batches]
         assert sum(len(each) > 1 for each in lengths) <= 9  # per size: between its four lengths
+    held_out = list(made.held_out_batches(batch))
+    assert sorted(sum(held_out, [])) == list(range(183, 203))
+    assert max(map(len, held_out)) == min(batch, 5)
+    kinds = [{(made.sizes[i], adapter.padded_length(made.lengths[i])) for i in b} for b in held_out]
+    assert all(len(each) == 1 for each in kinds)
     assert epochs[0] == epochs[2] != epochs[1]
     assert made.epoch_batches(0, batch, 6) != epochs[0]
     if batch > 1:  # other company, not only another order
         assert len({frozenset(map(frozenset, batches)) for batches in epochs}) == 2
+
+
+def test_held_out_samples_are_judged_by_and_never_trained_on(latents, copy):
+    counts = {10_000: 64, 640: 64, 639: 63, 40: 4, 11: 3}
+    assert {n: data.count_held_out(n) for n in counts} == counts
+    assert sorted(sum(latents.held_out_batches(2), [])) == [8, 9, 10]
+    read = [latents.read(4 * b, 4, 4, seed=3)[0] for b in range(4)]
+    never = [latents.get([i])[0][0] for i in range(11)]
+    shown = [any(torch.equal(x, y) for x0 in read for y in x0) for x in never]
+    assert shown == [True] * 8 + [False] * 3
+    made_of = json.loads((copy / "manifest.json").read_text())["made_of"]
+    rewrite(copy / "manifest.json", made_of={**made_of, "count": 3})
+    with pytest.raises(ladd.UserError, match="make at least 4"):
+        data.Latents(copy)
 
 
 def test_other_folders_and_vectors_are_refused(place, tmp_path):

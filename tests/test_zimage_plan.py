@@ -153,11 +153,15 @@ def test_the_peak_is_what_a_gpu_measures(checkpointing):
 
 def test_the_page_adds_up_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = options("--resolution 128 --micro-batch 4 --prompts 1000000000 --price 3 --hours 3")
+    monkeypatch.setattr(plan, "JUDGED", 10**9)  # or they would round to nothing
+    words = "--resolution 128 --micro-batch 4 --prompts 1000000000 --price 3 --hours 3"
+    words = options(f"{words} --evaluate-every 500")
     page = plan.plan(RECIPE, words, CONFIG)
     rows = {line[:34].strip(): line[34:].replace(",", "").split() for line in page.split("\n")}
     prompts, money = float(rows["1,000,000,000 prompts"][1]), float(rows["money at 3 an hour"][0])
     assert prompts == pytest.approx(1e11 * forward() / (0.5 * 312e12) / 3600, abs=0.01)
+    judged = float(rows["3 judged points"][1])
+    assert judged == pytest.approx(prompts * 3 * 64 * 1e9 / 1e11, rel=5e-3)
     assert money == pytest.approx(3 * float(rows["together"][1]), abs=0.02)
     assert rows["micro-batch 4 fits; largest:"] == ["8"] and not list(tmp_path.iterdir())
     with pytest.raises(ladd.UserError, match="give a multiple of --gpus"):

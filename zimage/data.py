@@ -100,6 +100,11 @@ def plan_shards(lengths, sizes, shard_size):
     return shards
 
 
+def count_held_out(count):
+    """How many of so many samples training never reads, the last ones: a tenth, but 3 to 64."""
+    return min(64, max(3, count // 10))
+
+
 def read_manifest(folder):
     """The manifest of a data folder; UserError where there is none, or another kind."""
     path, way_out = Path(folder) / "manifest.json", "name a folder that zimage.precompute made"
@@ -138,6 +143,8 @@ class Latents:
         way_out = f"take one of {', '.join(known)}, or precompute into another folder with --clip"
         check(vector in known, f"text_vector = {vector}: {folder} holds no such vector; {way_out}")
         self.vector_dim = known[vector]
+        self.trained = range(len(self) - count_held_out(len(self)))  # what `read` gives
+        check(self.trained, f"--data {folder}: the last 3 samples are held out; make at least 4")
         lost = [s["name"] for s in shards if not is_whole(folder, s, made_of)]
         why = f"{len(lost)} of {len(shards)} shards are missing or damaged, {lost[:1]} the first"
         check(not lost, f"--data {folder}: {why}; make them by: {manifest['command']}")
@@ -182,7 +189,7 @@ class Latents:
         number, place = divmod(start, batch)
         if place + count > batch:
             raise ValueError(f"{count} places from {start} are not of one joint batch of {batch}")
-        per_epoch = sum(-(-n // batch) for n in Counter(self.sizes).values())
+        per_epoch = sum(-(-n // batch) for n in Counter(self.sizes[: len(self.trained)]).values())
         epoch, k = divmod(number, per_epoch)
         if self.order[0] != (epoch, batch, seed):
             self.order = (epoch, batch, seed), self.epoch_batches(epoch, batch, seed)
@@ -190,11 +197,11 @@ class Latents:
 
     def epoch_batches(self, epoch, batch, seed):
         """The joint batches of one epoch, in order, each a list of `batch` indices; keyed by
-        (seed, epoch). Every sample is in at least one of them."""
+        (seed, epoch). Every sample is in at least one of them, but for those held out."""
         gen = ladd.generator(seed, epoch, "zimage reader")
         tie = torch.randperm(len(self), generator=gen).tolist()
         padded = [adapter.padded_length(n) for n in self.lengths]
-        by_length = sorted(range(len(self)), key=lambda i: (padded[i], tie[i]))
+        by_length = sorted(self.trained, key=lambda i: (padded[i], tie[i]))
         joint = []
         for size in sorted(set(self.sizes)):
             own = [i for i in by_length if self.sizes[i] == size]
@@ -203,3 +210,11 @@ class Latents:
                 first = max(0, min(start, len(own) - batch))
                 joint.append([own[(first + k) % len(own)] for k in range(batch)])
         return [joint[b] for b in torch.randperm(len(joint), generator=gen).tolist()]
+
+    def held_out_batches(self, size):
+        """The held-out samples in lists of at most `size`, of one image size and padded length."""
+        held_out = range(len(self.trained), len(self))
+        for image in sorted({self.sizes[i] for i in held_out}):
+            own = [i for i in held_out if self.sizes[i] == image]
+            for rows in adapter.batches([self.lengths[i] for i in own], size):
+                yield [own[k] for k in rows]

@@ -23,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import ladd
 from zimage import adapter, fsdp
+from zimage.data import count_held_out
 
 # Dense bfloat16 TFLOPS with float32 sums (half of what "with sparsity" says) and GB. Sources:
 # NVIDIA's data sheets of A100, H100 SXM, H200 SXM and L40S (ECC takes 3 of its 48 GB), and its Ada
@@ -31,7 +32,8 @@ CARDS = {"a100-40g": (312, 40), "a100-80g": (312, 80), "h100": (989, 80), "h200"
 CARDS |= {"l40s": (362, 45), "4090": (165, 24)}
 CAPTION = 96  # tokens of a prompt, padded
 TEACHER = 2 * 50  # passes of a sample of zimage.precompute: 50 steps, with guidance
-JUDGED = 4 * 64  # passes of a judged point: 64 prompts, by 4 steps
+# Passes of a judged point: each GPU makes the grids, and they share the held-out samples.
+GRIDS, JUDGED = 8 * (1 + 2 + 4 + 2), 4 + 2
 FINAL = 3 * 1000 * (TEACHER + 4 + 2 + 1 + 4)  # of zimage.evaluate: 3 seeds, 1,000 prompts
 WEIGHTS, PIPELINE = 12.3e9, 20.7e9  # bytes of a transformer; with text encoder and VAE
 
@@ -232,11 +234,12 @@ def page(recipe, options, settings, n, config):
     checkpoint = kept * (1 if recipe.lora_rank else gpus) + 0.75 * both.groups["heads"]
     saves = -(-iterations // settings.checkpoint_every)
     points = (iterations - 1) // (settings.evaluate_every or iterations)
+    judged = gpus * (GRIDS + JUDGED * n * -(-count_held_out(made) // (n * gpus)))
     sample = height * width / 2 + CAPTION * 5120 + 10240  # bytes of latent, caption and vector
     stages = {  # passes of the network, bytes for which all GPUs wait, bytes that are kept
         f"{made:,} prompts": (made * TEACHER, 0, made * sample),
         f"{iterations:,} iterations": (training / both.forward, 0, 0),
-        f"{points:,} judged points": (points * JUDGED, points * WEIGHTS, 2 * WEIGHTS),
+        f"{points:,} judged points": (points * judged, points * WEIGHTS, 2 * WEIGHTS),
         f"{saves:,} checkpoints": (0, saves * checkpoint, settings.keep * checkpoint),
         "zimage.evaluate": (FINAL, 0, 0),
         "base model and export": (0, 2 * PIPELINE, 2 * PIPELINE),

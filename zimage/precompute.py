@@ -7,7 +7,6 @@ Killed at any instant, the same command goes on where it was: whole shards stay,
 again comes out alike. First ask --plan, which times a few samples here and writes nothing.
 """
 
-import argparse
 import datetime
 import hashlib
 import json
@@ -31,7 +30,6 @@ from zimage.sampling import positive
 
 def parse_options(argv):
     made = ladd.Parser("python -m zimage.precompute", description=__doc__)
-    made.formatter_class = argparse.RawDescriptionHelpFormatter
     add = made.add_argument
     add("--model", required=True, metavar="ID_OR_DIR", help="folder or hub name of the teacher")
     add("--prompts", required=True, metavar="FILE", help=f"one of {', '.join(data.FORMATS)}")

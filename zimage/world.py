@@ -4,11 +4,15 @@ Nothing here has been proven at full scale: see docs/zimage.md.
 """
 
 import dataclasses
+import statistics
 import sys
 import textwrap
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from cleanfid.fid import kernel_distance
 from matplotlib.figure import Figure
 
 import ladd
@@ -203,6 +207,7 @@ class ZImageWorld(ladd.World):
 
     def fingerprint(self):
         made_of = {f"latents.{k}": v for k, v in self.data.about.items()}
+        made_of["held_out"] = len(self.data) - len(self.data.trained)
         return {"teacher": self.digest, "dtype": self.options.dtype, **made_of}
 
     def compile(self, student):
@@ -225,7 +230,7 @@ class ZImageWorld(ladd.World):
         """A grid: the student by 1, 2 and 4 steps from the noise that the teacher's latents have.
 
         variance@N of its latents and distance@N, squared, to the teacher's: both are divided by
-        the teacher's variance. They are to watch, and no measures of quality.
+        the teacher's variance. They are to watch. The measure of quality is `feature_kid`.
         """
         x0, cond, noise = (v.to(self.device) for v in self.data.get(self.shown))
         rows, metrics, collapse = {"teacher": x0}, {}, []
@@ -238,21 +243,57 @@ class ZImageWorld(ladd.World):
         diversity = metrics["feature_diversity"] = self.feature_diversity(made, x0, cond)
         if diversity < LEAST_DIVERSITY:
             collapse.append(f"feature_diversity {diversity:.2f} is under {LEAST_DIVERSITY}")
+        metrics |= self.feature_kid(student)
         if ladd.rank() == 0:
             columns = {name: adapter.decode(self.vae, z) for name, z in rows.items()}
             texts = [f"sample {k}" for k in self.shown]
             draw_grid(run / "samples" / f"{step:07d}.png", columns, texts)
         return {**metrics, "collapse": collapse}
 
+    def half_noised(self, x, cond):
+        """The last tap's maps [B, C, H, W] of samples x, noised to t = 1/2 by one noise for all."""
+        noise = ladd.keyed_noise([0], x.shape[1:], "diversity").to(x).expand_as(x)
+        t = torch.full((len(x),), 0.5, device=x.device)
+        return self.features(ladd.interpolate(x, noise, t), t, cond)[-1]
+
     def feature_diversity(self, fake, real, cond):
         """Mean distance of neighbours in the batch in the last tap's features, of fakes divided by
-        that of reals, all noised to t = 1/2 by one noise. Near 1; it falls as fakes grow alike."""
-        noise = ladd.keyed_noise([0], fake.shape[1:], "diversity").to(fake).expand_as(fake)
-        t, distances = torch.full((len(fake),), 0.5, device=fake.device), []
-        for x in (fake, real):
-            f = self.features(ladd.interpolate(x, noise, t), t, cond)[-1].flatten(1)
-            distances.append((f - f.roll(1, 0)).norm(dim=1).mean())
+        that of reals, all noised alike. Near 1; it falls as fakes grow alike."""
+        maps = [self.half_noised(x, cond).flatten(1) for x in (fake, real)]
+        distances = [(f - f.roll(1, 0)).norm(dim=1).mean() for f in maps]
         return float(distances[0] / distances[1])
+
+    def feature_kid(self, student):
+        """KID of the student's samples of the held-out captions, from noise of their own, to the
+        teacher's; and its standard error, by a jackknife over the captions.
+
+        In Inception's place stand `half_noised` maps, averaged over the tokens and standardised by
+        the teacher's samples: a few channels may be larger than all others by orders. The ranks
+        share the batches. Under FSDP all must make the same calls, so some may repeat a batch.
+        """
+        ranks = ladd.world_size()
+        size = int(self.options.micro_batch or 0) or self.recipe.batch // ranks
+        batches = list(self.data.held_out_batches(size))
+        features = {}  # of each sample, the student's and the teacher's: [2, C]
+        for k in range(ladd.rank(), -(-len(batches) // ranks) * ranks, ranks):
+            index = batches[k % len(batches)]
+            x0, cond, _ = (v.to(self.device) for v in self.data.get(index))
+            noise = ladd.keyed_noise(index, x0.shape[1:], "feature_kid").to(x0)
+            steps = len(self.recipe.times)
+            made = ladd.sample_student(student, self.recipe, noise, cond, steps, index)
+            both = [self.half_noised(x, cond).mean((2, 3)).cpu() for x in (made, x0)]
+            features.update(zip(index, torch.stack(both, 1), strict=True))
+        parts = [None] * ranks
+        dist.all_gather_object(parts, features)
+        features = {k: pair for part in parts for k, pair in part.items()}
+        pairs = torch.stack([features[k] for k in sorted(features)]).double()  # [n, 2, C]
+        real, n = pairs[:, 1], len(pairs)
+        pairs = ((pairs - real.mean(0)) / (real.std(0) + 1e-3)).numpy()
+        np.random.seed(0)  # clean-fid shuffles, which changes the last digits
+        few = [np.delete(pairs, k, 0) for k in range(n)]
+        kid, *kids = (kernel_distance(p[:, 0], p[:, 1], 1, n) for p in (pairs, *few))
+        error = (n - 1) ** 0.5 * statistics.pstdev(kids)
+        return {"feature_kid": kid, "feature_kid_error": error, "score": kid, "score_error": error}
 
     def save(self, student, run, name="student"):
         """The student as run/NAME/ in diffusers' format, in the dtype that it computes in."""
