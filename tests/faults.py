@@ -677,7 +677,7 @@ FAULTS = [
         0,
         "the highest score is the best",
         "ladd.py",
-        "any_rank(score < state.best)",
+        'any_rank(score < state.best - metrics.get("score_error", 0.0))',
         "any_rank(score > state.best or state.best == math.inf)",
         "test_run.py::test_the_averaged_student_is_evaluated_and_the_best_is_kept",
     ),
@@ -799,7 +799,7 @@ FAULTS = [
         "zimage/data.py",
         "by_length = sorted(self.trained,",
         "by_length = sorted(range(len(self)),",
-        "test_zimage_data.py::test_held_out_samples_are_judged_by_and_never_trained_on",
+        "test_zimage_data.py::test_every_epoch_shows_every_sample_in_batches_of_one_size",
     ),
     Fault(
         0,

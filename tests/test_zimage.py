@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.utils._pytree import tree_flatten_with_path
 
 import tiny_zimage
+from test_zimage_data import kid_by_hand
 
 import ladd
 from zimage import adapter, export, fsdp, lora, plan, precompute, sample, sampling
@@ -100,9 +101,8 @@ def make_batch(pipe, *prompts, h=8, w=12):
 def make_world(model, data, sharded=False, dtype="float32", **changes):
     """The world of a recipe of `changes`, made as the command line makes it."""
     recipe = dataclasses.replace(zworld.ZIMAGE, taps=("1", "3"), head_width=16, batch=BATCH)
-    options = {"model": str(model), "data": str(data), "dtype": dtype, "keep": 2}
+    options = {"model": str(model), "data": str(data), "dtype": dtype, "micro_batch": "2"}
     options |= {"teacher_sharded": sharded, "checkpointing": "both", "compile": False}
-    options["micro_batch"] = "2"
     recipe = dataclasses.replace(recipe, **changes)
     return zworld.ZImageWorld(recipe, types.SimpleNamespace(**options), CPU)
 
@@ -331,8 +331,7 @@ def test_signs_of_collapse_are_named(model, data, tmp_path):
     assert signs == ["variance@1", "variance@2", "variance@4", "feature_diversity"]
     assert metrics["feature_diversity"] < 0.8 < healthy["feature_diversity"]
     assert metrics["feature_kid"] > 2 * healthy["feature_kid"]
-    assert metrics["score"] == metrics["feature_kid"]
-    assert metrics["score_error"] == metrics["feature_kid_error"]
+    assert metrics["score"] == metrics["feature_kid"] and metrics["score_error"] > 0
 
 
 # ---- LoRA ---------------------------------------------------------------------------------------
@@ -531,13 +530,6 @@ def test_gradients_of_several_ranks_are_those_of_one(together, model, data):
                 assert distance(a, b) < 1e-5, (name, ranks, part)
 
 
-def kid_by_hand(x, y):
-    """The unbiased squared MMD of [n, C] under the kernel (x.y / C + 1)^3."""
-    n, kernel = len(x), lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3
-    same = [(kernel(a, a).sum() - kernel(a, a).trace()) / (n * (n - 1)) for a in (x, y)]
-    return float(sum(same) - 2 * kernel(x, y).mean())
-
-
 @torch.no_grad()
 def test_feature_kid_equals_an_independent_one_on_any_ranks(together, model, data):
     world, t = make_world(model, data), torch.tensor([0.5])
@@ -550,7 +542,7 @@ def test_feature_kid_equals_an_independent_one_on_any_ranks(together, model, dat
         maps = [world.features((x + eps) / 2, t, cond)[-1][0] for x in (fake, x0)]
         found.append(torch.stack([m.double().flatten(1).mean(1) for m in maps]))
     x, y = torch.stack(found, 1)
-    x, y = ((z - y.mean(0)) / (y.std(0) + 1e-3) for z in (x, y))
+    x, y = (((z - y.mean(0)) / (y.std(0) + 1e-3)).numpy() for z in (x, y))
     kid = kid_by_hand(x, y)
     kids = [kid_by_hand(x[rows], y[rows]) for rows in ([1, 2], [0, 2], [0, 1])]
     error = (2 / 3 * sum((k - sum(kids) / 3) ** 2 for k in kids)) ** 0.5
