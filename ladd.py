@@ -349,10 +349,10 @@ class Recipe:
 
 # What the recipes of both worlds share. The game, by itself `ladd` and `zimage-ladd`:
 GAME = {"warmup": 0, "time_probs": (0.5, 0.2, 0.15, 0.15), "renoise_std": 1.5}
-GAME |= {"penalty_weight": 5.0, "misaligned_weight": 0.25, "anchor_weight": 1.0}
-GAME |= {"backward_simulation": True, "heads_see_t": True}
-# `toy` and `zimage` add targets, and give the game less weight:
-TARGETS = {"adv_weight": 0.5, "paired_share": 0.5}
+GAME |= {"penalty_weight": 5.0, "anchor_weight": 1.0, "backward_simulation": True}
+GAME |= {"heads_see_t": True}
+# `toy` and `zimage` add targets and misaligned pairs, and give the game less weight:
+TARGETS = {"adv_weight": 0.5, "misaligned_weight": 0.25, "paired_share": 0.5}
 TARGETS |= {"distill_weight": 1.0, "distill_power": 2.0, "distill_own": True}
 
 
