@@ -1279,6 +1279,8 @@ def run_command_line(work, argv=None):
             error = next(iter(error.failures.values()))[0]
         print(f"ladd: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
+    if peak := torch.cuda.max_memory_allocated():
+        print0(f"peak_gb {peak / 1e9:.3f}")
     if dist.is_initialized() and (code != 2 or world_size() == 1):
         dist.destroy_process_group()  # after an error it would wait for stuck ranks
     return code

@@ -6,6 +6,7 @@ counted. It needs no weights and no GPU, and writes nothing.
 """
 
 import argparse
+import contextlib
 import dataclasses
 from collections import Counter
 from unittest import mock
@@ -182,8 +183,9 @@ def trace(recipe, options, n, student_turn=True, config=None):
     return found
 
 
-def plan(recipe, options, config=None):
-    """The page of --plan. options: the command line; config: as in `trace`."""
+@contextlib.contextmanager
+def fake_rank(recipe, options):
+    """Inside, this is one of --gpus ranks. Yields `ladd.Options` with micro_batch filled in."""
     part = recipe.batch / options.gpus
     why = f"batch = {recipe.batch}: give a multiple of --gpus, two samples for each"
     ladd.check(part % 1 == 0 and part >= 2, why)
@@ -194,13 +196,20 @@ def plan(recipe, options, config=None):
     ladd.check(part % n == 0, f"--micro-batch {n}: give a divisor of batch / gpus = {part:g}")
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=options.gpus)
     try:
-        return "\n".join(page(recipe, options, settings, n, config))
+        yield dataclasses.replace(settings, micro_batch=n)
     finally:
         torch.distributed.destroy_process_group()
 
 
-def page(recipe, options, settings, n, config):
-    """Yields the lines. n: samples of a micro-batch."""
+def plan(recipe, options, config=None):
+    """The page of --plan. options: the command line; config: as in `trace`."""
+    with fake_rank(recipe, options) as settings:
+        return "\n".join(page(recipe, options, settings, config))
+
+
+def page(recipe, options, settings, config):
+    """Yields the lines."""
+    n = settings.micro_batch
     (tflops, room), (height, width) = CARDS[options.gpu], options.resolution[0]
     gpus, made, iterations = options.gpus, options.prompts, recipe.iterations
 

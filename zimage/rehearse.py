@@ -1,0 +1,180 @@
+"""The whole path at its real size, in minutes, before it is paid for:
+
+    python -m zimage.rehearse --model Tongyi-MAI/Z-Image --gpus 8 [options of ladd.py]
+
+Prompts -> precompute -> 4 iterations -> SIGKILL -> resume, 2 more -> sample -> KID -> export ->
+stock diffusers, each stage by the command that users run. It ends with "ready", or with what is
+wrong. Data and run lie in a temporary folder beside the picture, which needs room for two
+checkpoints. The picture and a log stay.
+"""
+
+import contextlib
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+
+import ladd
+from ladd import check
+from zimage import adapter, data, evaluate, plan, sampling
+
+PROMPTS = Path(__file__).parent / "prompts" / "train.txt"
+PLUMBING = """import sys, ladd
+from zimage import evaluate, rehearse
+sys.exit(ladd.run_command_line(lambda argv: evaluate.main(argv, rehearse.stand_in)))"""
+
+
+def stand_in(images):
+    """Stands for Inception: images [B, 3, 299, 299] -> the colours of 16 places, [B, 48]."""
+    return torch.nn.functional.adaptive_avg_pool2d(images / 255, 4).flatten(1)
+
+
+def launch(gpus, words, log, until=None):
+    """Run `python WORDS`, by torchrun if on several GPUs. Returns what it prints, which the file
+    `log` gets too. until: a path; when it exists, the command is killed. UserError if it fails."""
+    ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
+    ranks = [*ranks, "--no-python", sys.executable] if gpus > 1 else []
+    with open(log, "ab") as f:
+        start = f.tell()
+        command = [sys.executable, *ranks, *map(str, words)]
+        process = psutil.Popen(command, stdout=f, stderr=subprocess.STDOUT)
+        try:
+            while process.poll() is None and not (until and until.exists()):
+                time.sleep(0.1)
+            killed = process.poll() is None
+        finally:
+            kill(process)
+    text = log.read_bytes()[start:].decode(errors="replace")
+    said = re.findall(r"^ladd: (.*)", text, re.M) or re.findall(r"^.*\wError: .*", text, re.M)
+    why = (said or [f"exit code {process.returncode}"])[-1]
+    check(killed or process.returncode == 0, f"{why}; see {log}")
+    return text
+
+
+def kill(process):
+    """SIGKILL to a command, where it still runs, and to what it has started: torchrun's ranks."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = [process, *process.children(recursive=True)]
+        for each in family:
+            each.kill()
+        psutil.wait_procs(family)
+
+
+def compare(folder, images, prompts, options, **call):
+    """UserError unless the stock pipeline in `folder` makes the first of `images` by `call`."""
+    pipe = adapter.load(diffusers.ZImagePipeline, folder, dtype=getattr(torch, options.dtype))
+    pipe.to(options.device).set_progress_bar_config(disable=True)
+    height, width = options.resolution[0]
+    for i, prompt in enumerate(prompts[:4]):
+        z = adapter.noise_for(0, i, height // adapter.PIXELS, width // adapter.PIXELS)
+        call |= {"latents": z[None].to(options.device), "height": height, "width": width}
+        made = 255 * pipe(prompt, output_type="np", **call).images[0]
+        apart = float(np.abs(made - Image.open(images / f"{i:05d}.png")).mean())
+        # In bfloat16 another batch rounds otherwise, which 50 guided steps enlarge: 8 is a guess.
+        why = f"{images}, image {i}: {apart:.1f} of 255 levels off the stock pipeline's"
+        check(apart < (1 if options.dtype == "float32" else 8), why)
+
+
+def rehearse(place, options, recipe, more, planned):
+    """All stages in the folder `place`. more: options for ladd.py. planned: GB of the training.
+    Returns the seconds of an iteration."""
+    out, gpus, model, times = options.out, options.gpus, options.model, recipe.times
+    log, run = out.with_suffix(".log"), place / "runs" / "rehearsal"
+    prompts = data.read_prompts(PROMPTS)[: max(16, 4 * gpus)]  # a batch for each GPU
+    (place / "prompts.txt").write_text("\n".join(prompts))
+    (place / "few.txt").write_text("\n".join(prompts[: 4 * gpus]))
+    log.write_text("")
+
+    def show(name, began, peak, planned="-"):
+        spent = time.time() - began
+        spent = f"{spent:.1f} s" if spent < 60 else f"{spent / 60:.1f} min"
+        print(f"{name:<28}{spent:>10}{peak:>10}{planned:>10}", flush=True)
+
+    def stage(name, gpus, *words, until=None, planned="-"):
+        began, text = time.time(), launch(gpus, words, log, until)
+        peaks = re.findall(r"peak_gb ([\d.]+)", text)  # which ladd.py prints where it has CUDA
+        show(name, began, max(peaks, key=float, default="-"), planned)
+        return text
+
+    print(f"{'':<28}{'time':>10}{'peak GB':>10}{'planned':>10}")
+    height, width = options.resolution[0]
+    kind = ["--device", options.device, "--dtype", options.dtype]
+    drawn = ["--prompts", place / "prompts.txt", "--resolution", f"{width}x{height}", *kind]
+    shards = ["--model", model, "--out", place / "data", "--shard-size", 4]
+    stage(f"precompute {len(prompts)} prompts", gpus, "-m", "zimage.precompute", *shards, *drawn)
+    train = [ladd.__file__, "--zimage", *more, *kind, "--model", model, "--data", place / "data"]
+    train += ["--out", run.parent, "--name", run.name, "--iterations", 6, "--log-every", 1]
+    train += ["--checkpoint-every", 4, "--evaluate-every", 4]
+    fourth = run / "checkpoints" / "step-0000004"
+    stage("4 iterations, SIGKILL", gpus, *train, until=fourth / ".metadata", planned=planned)
+    text = stage("resume, 2 iterations", gpus, *train, "--resume", planned=planned)
+    check(f"going on from {fourth}" in text, f"--resume did not go on from iteration 4; see {log}")
+    drawn += ["--steps", len(times)]
+    stage("sample", 1, "-m", "zimage.sample", run, "--count", 4, "--out", out, *drawn)
+    judge = ["-m", "zimage.evaluate"]
+    try:
+        evaluate.inception(Path(torch.hub.get_dir()), "cpu")
+    except ladd.UserError:
+        judge = ["-c", PLUMBING]
+        print("KID: plumbing only")
+    few = ["--seeds", 0, *drawn, "--prompts", place / "few.txt"]
+    stage("KID", gpus, *judge, run, *few)
+    stage("export", 1, "-m", "zimage.export", run, "--out", place / "export", *kind[2:])
+    began, made_of = time.time(), ladd.read_config(run / "config.json")["data"]
+    steps, images = made_of["latents.steps"], run / "evaluation"
+    call = {"num_inference_steps": steps, "guidance_scale": made_of["latents.guidance"] - 1}
+    teacher = images / f"teacher@{steps}" / "seed-0"
+    compare(adapter.model_folder(model), teacher, prompts, options, **call)
+    if recipe.sampler == "euler":  # else diffusers draws noise that has no key
+        call = {"sigmas": list(times), "guidance_scale": 0}
+        student = images / f"student@{len(times)}" / "seed-0"
+        compare(place / "export", student, prompts, options, **call)
+    peak = torch.cuda.max_memory_allocated() / 1e9
+    show("stock ZImagePipeline", began, f"{peak:.3f}" if peak else "-")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return statistics.median(line["seconds"] for line in lines if "student_loss" in line)
+
+
+def main(argv=None):
+    parser = ladd.Parser("python -m zimage.rehearse", description=__doc__)
+    add, here = parser.add_argument, torch.cuda.device_count()
+    add("--model", required=True, metavar="ID_OR_DIR", help="folder or hub name of the teacher")
+    text = "GPUs, or processes where there is no CUDA (%(default)s)"
+    add("--gpus", type=sampling.positive, default=max(1, here), metavar="N", help=text)
+    text = "the picture (%(default)s); the log is beside it"
+    add("--out", type=Path, default=Path("rehearsal.png"), metavar="PNG", help=text)
+    own, more = parser.parse_known_args(argv)
+    _, options, recipe = ladd.parse(["--zimage", *more])
+    vars(options).update(vars(own))
+    check(options.out.suffix == ".png", f"--out {options.out}: give a .png file")
+    check(recipe.gen_every <= 6, "--gen-every: six iterations must update the student")
+    options.device = options.device or ("cuda" if here else "cpu")
+    options.dtype = options.dtype or ladd.default_dtype(torch.device(options.device))
+    folder = adapter.model_folder(options.model) / "transformer"
+    config = diffusers.ZImageTransformer2DModel.load_config(folder)
+    with plan.fake_rank(recipe, options) as settings:
+        planned = plan.trace(recipe, options, settings.micro_batch, config=config)
+    with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=options.out.parent) as place:
+        place, gigabytes = Path(place).absolute(), f"{planned.peak / 1e9:.3f}"
+        seconds = rehearse(place, options, recipe, more, gigabytes)
+    best = planned.flops * recipe.batch / options.gpus / 1e12 / plan.CARDS[options.gpu][0]
+    print(
+        f"an iteration: {seconds:.2f} s, planned {best / 0.5:.2f} s at 50 % of the peak of", end=""
+    )
+    reached = f": {best / seconds:.0%} reached" if here else ""
+    print(f" {options.gpus} x {options.gpu} or {best / 0.4:.2f} s at 40 %{reached}")
+    print(f"{options.out}: teacher as by the stock pipeline, student, untrained student\nready")
+
+
+if __name__ == "__main__":
+    sys.exit(ladd.run_command_line(main))
