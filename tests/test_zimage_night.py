@@ -1,0 +1,218 @@
+"""What is run before a long run and over a night, on the tiny pipeline: the rehearsal by processes
+of its own, the sweep within this one."""
+
+import json
+import multiprocessing
+import os
+import runpy
+import statistics
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import tiny_zimage
+import torch
+from PIL import Image
+
+import ladd
+from zimage import evaluate, plan, precompute, rehearse, sweep
+
+TINY = "--taps 1,3 --head-width 16 --batch 4 --device cpu --dtype float32 --lr-warmup 0".split()
+JUDGE = "--resolution 32 --teacher-steps 2 --device cpu --dtype float32"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_zimage.save(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def no_inception(monkeypatch):
+    def offline(*_):
+        raise ladd.UserError("--features: no network")
+
+    monkeypatch.setattr(evaluate, "inception", offline)
+
+
+def start(main, *words):
+    return ladd.run_command_line(main, [*map(str, words)])
+
+
+# ---- the rehearsal -------------------------------------------------------------------------------
+
+
+FORKS = multiprocessing.get_context("forkserver")  # processes that have everything imported
+FORKS.set_forkserver_preload(["zimage.rehearse", "zimage.precompute", "zimage.lora"])
+
+
+def command(words, log):
+    """What `python WORDS` does, with its output into `log`."""
+    os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), 1)
+    os.dup2(1, 2)
+    sys.argv = words[words[0] in ("-m", "-c") :]
+    if words[0] == "-c":
+        exec(words[1], {})
+    run = runpy.run_module if words[0] == "-m" else runpy.run_path
+    run(sys.argv[0], run_name="__main__")
+
+
+def launch(gpus, words, log, until=None):
+    """`rehearse.launch` for one rank, in half its time."""
+    before = log.read_text()
+    process = FORKS.Process(target=command, args=([*map(str, words)], log), daemon=True)
+    process.start()
+    while process.exitcode is None and not (until and until.exists()):
+        process.join(0.1)
+    process.kill()
+    process.join()
+    assert process.exitcode == (-9 if until else 0), log.read_text()
+    return log.read_text()[len(before) :]
+
+
+@pytest.mark.parametrize("gpus, recipe", [(1, "zimage-lora"), (2, "zimage")])
+def test_a_rehearsal_goes_the_whole_path(
+    gpus, recipe, model, tmp_path, capsys, monkeypatch, no_inception
+):
+    def trace(*args, **settings):
+        found = real_trace(*args, **settings)
+        assert 1e6 < found.peak < 1e8 and found.flops > 1e6
+        found.peak, found.flops = 7e9, 312e12 * gpus / 4  # a second at an A100's peak
+        return found
+
+    monkeypatch.chdir(Path(ladd.__file__).parent)
+    if gpus == 1:  # two ranks are commands of their own
+        monkeypatch.setattr(rehearse, "launch", launch)
+    real_trace = plan.trace
+    monkeypatch.setattr(plan, "trace", trace)
+    options = ["--model", model, "--gpus", gpus, "--out", tmp_path / "all.png", "--recipe", recipe]
+    assert start(rehearse.main, *options, *TINY, "--resolution", "32") == 0
+    said, log = capsys.readouterr().out.splitlines(), (tmp_path / "all.log").read_text()
+    assert said[-1] == "ready" and "KID: plumbing only" in said
+    names = "precompute 16 prompts|4 iterations, SIGKILL|resume, 2 iterations|sample|KID|export"
+    rows = {line[:28].strip(): line[28:].split()[2:] for line in said if line[28:38].strip()}
+    assert list(rows)[1:8] == [*names.split("|"), "stock ZImagePipeline"]
+    assert [*rows.values()][1:4] == [["-", "-"], ["-", "7.000"], ["-", "7.000"]]
+    assert f"by each of {gpus} ranks" in log and log.count("going on from") == 1
+    assert [log.count(f"iteration {i} of 6") for i in range(1, 7)] == [1] * 6
+    assert "planned 2.00 s at 50 % of the peak" in said[-3] and "2.50 s at 40 %" in said[-3]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.log", "all.png"]
+    with Image.open(tmp_path / "all.png") as picture:
+        assert picture.size == (3 * 300, 4 * 300)
+
+
+def test_what_is_wrong_is_said_in_one_line(model, tmp_path, capsys, monkeypatch):
+    log = tmp_path / "log"
+    for code, says in {
+        "import sys; print('ladd: no such tap', file=sys.stderr); sys.exit(2)": "no such tap",
+        "raise ValueError('a broken stage')": "ValueError: a broken stage",
+        "import os; os.kill(os.getpid(), 9)": "exit code -9",
+    }.items():
+        with pytest.raises(ladd.UserError, match=f"^{says}; see {log}"):
+            rehearse.launch(1, ["-c", code], log)
+    options = ["--model", model, "--out", tmp_path / "all.png", *TINY]
+    monkeypatch.setattr(rehearse, "PROMPTS", tmp_path / "nowhere.txt")
+    monkeypatch.setattr(plan, "trace", lambda *_, **settings: types.SimpleNamespace(peak=1))
+    for words in (["--batch", "5", "--gpus", "2"], ["--lora", "3"], []):
+        assert start(rehearse.main, *options, *words) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+
+def test_images_unlike_the_stock_pipelines_are_noticed(model, tmp_path):
+    _, options, _ = ladd.parse(["--zimage", *TINY, "--resolution", "32"])
+    for i in range(2):
+        Image.new("RGB", (32, 32), (90, 128, 128)).save(tmp_path / f"{i:05d}.png")
+    with pytest.raises(ladd.UserError, match="image 0: .* of 255 levels off the stock pipeline's"):
+        rehearse.compare(model, tmp_path, ["a cat", "tea"], options, num_inference_steps=2)
+
+
+# ---- the sweep -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def night(model, tmp_path, monkeypatch):
+    """A function that runs a sweep of two settings, with stand-ins for Inception, and returns
+    (exit code, commands run). until: the number of commands before Ctrl-C."""
+    (tmp_path / "prompts.txt").write_text("a cat\nan owl\ntea\na harbour in the evening\n")
+    words = ["--model", model, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "data"]
+    assert start(precompute.main, *words, "--steps", 3, *JUDGE.split()[:2], *TINY[6:10]) == 0
+    (tmp_path / "file").write_text("# two\nplain\n\nfast --student-lr 1e-2  # ten times\n")
+    monkeypatch.setattr(evaluate, "inception", lambda *_: rehearse.stand_in)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5e9)
+
+    def run(*more, until=99):
+        ran = []
+
+        def launch(gpus, words, log):
+            if len(ran) == until:
+                raise KeyboardInterrupt
+            ran.append([*map(str, words)])
+            main = ladd.distil if words[0] == ladd.__file__ else evaluate.main
+            assert start(main, *words[2 - (main is ladd.distil) :]) == 0
+
+        monkeypatch.setattr(sweep, "launch", launch)
+        judge = f"--judge={JUDGE} --prompts {tmp_path / 'prompts.txt'}"
+        options = [tmp_path / "file", "--out", tmp_path / "out", judge, "--data", tmp_path / "data"]
+        return start(sweep.main, *options, "--iterations", 2, *TINY, *more), ran
+
+    return run
+
+
+def test_a_night_goes_on_where_it_was_stopped(night, tmp_path):
+    two = "--seeds", "3,4"
+    code, ran = night(*two, until=3)
+    assert code == 130 and not (tmp_path / "out" / "results.tsv").exists()
+    code, ran = night(*two)
+    assert code == 0 and len(ran) == 6, "of eight commands two were done, as one line says"
+    assert night(*two) == (0, [])
+    lines = (tmp_path / "out" / "results.tsv").read_text().splitlines()
+    rows = [dict(zip(sweep.COLUMNS, line.split("\t"), strict=True)) for line in lines[1:]]
+    assert [row["name"] for row in rows] == ["plain", "fast"]
+    for row in rows:
+        runs = sorted((tmp_path / "out").glob(f"{row['name']}-*/report.json"))
+        reports = [json.loads(path.read_text()) for path in runs]
+        kid = [report["rows"][1]["kid_mean"] for report in reports]
+        assert [report["conditions"]["seeds"] for report in reports] == [[3], [4]]
+        words = f"{statistics.mean(kid):.5f} +- {statistics.stdev(kid):.5f}"
+        assert row["kid"] == words and row["gb"] == "5.00" and row["seeds"] == "3,4"
+    assert "student-lr 1e-2" in rows[1]["settings"] and rows[0]["kid"] != rows[1]["kid"]
+    shared = tmp_path / "out" / "teacher@2"
+    assert len([*shared.glob("*/*.png")]) == 3 * 4, "of seeds 3, 4 and 5, for all four runs"
+    assert {p.resolve() for p in (tmp_path / "out").glob("*/evaluation/teacher@2")} == {shared}
+    assert not [*(tmp_path / "out").glob("*/checkpoints")]
+    code, (train,) = night("--seeds", "3,4,5", until=1)
+    assert train[-2].startswith("plain-") and train[-2].endswith("-5"), "the new seed alone"
+    assert (tmp_path / "out" / f"{train[-2][:-1]}4").is_dir()
+
+
+def test_a_setting_is_kept_if_it_is_better_by_more_than_the_spread(night, tmp_path, monkeypatch):
+    kid = {"plain": (0.1, 0.3, 0.2), "fast": (0.5, 0.1, 0.3)}  # 0.2 +- 0.1, and 0.3 +- 0.2
+
+    def figures(run, words, recipe, seed, options):
+        name = run.name.split("-")[0]
+        ladd.check(name in kid, "it did not train")
+        return kid[name][seed], 0.4, 0, 60.0 + seed
+
+    monkeypatch.setattr(sweep, "figures", figures)
+    with open(tmp_path / "file", "a") as f:
+        f.write("\nbad --seed 3\n")
+    assert night()[0] == 2
+    lines = [
+        line.split("\t") for line in (tmp_path / "out" / "results.tsv").read_text().split("\n")
+    ]
+    ends = [line[4:] for line in lines[1:3]]
+    assert ends[0] == ["0.20000 +- 0.10000", "0.40000", "-", "61", "kept"]
+    assert ends[1] == ["0.30000 +- 0.20000", "0.40000", "-", "61", "dropped"] and len(lines) == 4
+
+
+def test_a_night_that_cannot_be_is_refused_before_it(night, tmp_path, capsys, no_inception):
+    for text, says in {
+        "a --no-such 3": "--no-such",
+        "a\na --seed 3": "a stands there twice",
+        "a/b": "--name a/b",
+        "a": "no network",
+    }.items():
+        (tmp_path / "file").write_text(text)
+        assert night() == (2, [])
+        assert says in capsys.readouterr().err
