@@ -809,6 +809,22 @@ FAULTS = [
         "batches[ladd.rank() % len(batches)]",
         "test_zimage.py::test_feature_kid_equals_an_independent_one_on_any_ranks",
     ),
+    Fault(
+        0,
+        "a rehearsal takes any image for the stock pipeline's",
+        "zimage/rehearse.py",
+        "check(apart < (1 if",
+        "check(apart < (256 if",
+        "test_zimage_night.py::test_images_unlike_the_stock_pipelines_are_noticed",
+    ),
+    Fault(
+        0,
+        "a sweep keeps a setting that is better by less than the spread",
+        "zimage/sweep.py",
+        '"kept" if mean + spread < mark',
+        '"kept" if mean < mark',
+        "test_zimage_night.py::test_a_setting_is_kept_if_it_is_better_by_more_than_the_spread",
+    ),
     # the terms of the game
     Fault(
         0,

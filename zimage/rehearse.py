@@ -50,7 +50,7 @@ def launch(gpus, words, log, until=None):
         process = psutil.Popen(command, stdout=f, stderr=subprocess.STDOUT)
         try:
             while process.poll() is None and not (until and until.exists()):
-                time.sleep(0.1)
+                time.sleep(0.05)
             killed = process.poll() is None
         finally:
             kill(process)
