@@ -635,9 +635,7 @@ def clip_and_step(state, recipe, i, name):
     """
     model, opt = getattr(state, name), getattr(state, f"{name}_opt")
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    mean_over_ranks_(
-        [g for g in grads if not hasattr(g, "full_tensor")]
-    )  # FSDP has averaged its own
+    mean_over_ranks_([g for g in grads if not hasattr(g, "full_tensor")])  # FSDP's already are
     norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     opt.param_groups[0]["lr"] = learning_rate(recipe, i, name == "student")
