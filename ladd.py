@@ -313,7 +313,7 @@ class Recipe:
     student_lr: float = field(1e-4, "peak learning rate of the student")
     head_lr: float = field(1e-3, "peak learning rate of the heads")
     lr_warmup: int = field(50, "iterations over which both learning rates rise from 0")
-    lr_decay: str = field("cosine", "decay of the student's rate to 0", ("none", "cosine"))
+    lr_decay: str = field("cosine", "to 0: the student's, or both", ("none", "cosine", "both"))
     beta1: float = field(0.0, "first moment of both AdamW optimizers", most=0.9999)
     beta2: float = field(0.99, "second moment of both AdamW optimizers", most=0.9999)
     gen_every: int = field(1, "update the student every so many iterations", least=1)
@@ -349,10 +349,10 @@ class Recipe:
 
 # What the recipes of both worlds share. The game, by itself `ladd` and `zimage-ladd`:
 GAME = {"warmup": 0, "time_probs": (0.5, 0.2, 0.15, 0.15), "renoise_std": 1.5}
-GAME |= {"penalty_weight": 5.0, "anchor_weight": 1.0, "backward_simulation": True}
-GAME |= {"heads_see_t": True}
-# `toy` and `zimage` add targets and misaligned pairs, and give the game less weight:
-TARGETS = {"adv_weight": 0.5, "misaligned_weight": 0.25, "paired_share": 0.5}
+GAME |= {"penalty_weight": 5.0, "misaligned_weight": 0.25, "anchor_weight": 1.0}
+GAME |= {"backward_simulation": True, "heads_see_t": True}
+# `toy` and `zimage` add targets, and give the game less weight:
+TARGETS = {"adv_weight": 0.5, "paired_share": 0.5}
 TARGETS |= {"distill_weight": 1.0, "distill_power": 2.0, "distill_own": True}
 
 
@@ -621,9 +621,9 @@ def updates_student(recipe, i):
 
 
 def learning_rate(recipe, i, student):
-    """The learning rate of iteration i: both rise over lr_warmup; the student's may decay."""
+    """The learning rate of iteration i: both rise over lr_warmup, and may decay by a cosine."""
     scale = min(1.0, (i + 1) / max(recipe.lr_warmup, 1))
-    if student and recipe.lr_decay == "cosine":
+    if recipe.lr_decay == "both" or (student and recipe.lr_decay == "cosine"):
         scale *= 0.5 + 0.5 * math.cos(math.pi * i / recipe.iterations)
     return scale * (recipe.student_lr if student else recipe.head_lr)
 

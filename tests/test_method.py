@@ -691,7 +691,7 @@ def test_schedule_of_the_students_updates(world, gen_every):
 
 
 @pytest.mark.parametrize("gen_every", [1, 3])
-@pytest.mark.parametrize("decay", ["none", "cosine"])
+@pytest.mark.parametrize("decay", ["none", "cosine", "both"])
 def test_learning_rates_count_iterations(world, decay, gen_every):
     recipe = tiny.make_recipe(
         lr_warmup=4, lr_decay=decay, iterations=8, batch=4, gen_every=gen_every
@@ -703,7 +703,8 @@ def test_learning_rates_count_iterations(world, decay, gen_every):
     tiny.run_steps(state, world, recipe, range(8))
     rise = [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
     fall = [1 if decay == "none" else 0.5 + 0.5 * math.cos(math.pi * i / 8) for i in range(8)]
-    assert rates["heads"] == pytest.approx([recipe.head_lr * x for x in rise])
+    heads = [r * f if decay == "both" else r for r, f in zip(rise, fall, strict=True)]
+    assert rates["heads"] == pytest.approx([recipe.head_lr * x for x in heads])
     student = [recipe.student_lr * rise[i] * fall[i] for i in range(8)]
     assert rates["student"] == pytest.approx(student[1:] if gen_every == 1 else student[2::3])
 

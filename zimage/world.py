@@ -46,7 +46,7 @@ OWN = {
 ZIMAGE = ZImageRecipe(**ladd.GAME, **ladd.TARGETS, **OWN)
 RECIPES = {
     "zimage": ZIMAGE,
-    "zimage-ladd": ZImageRecipe(**ladd.GAME, **OWN),
+    "zimage-ladd": ZImageRecipe(**ladd.GAME, **OWN, lr_decay="both"),
     "zimage-clip": dataclasses.replace(ZIMAGE, text_vector="clip", renoise_mean=1.0),  # that sweep
     # Ten times the learning rates: a guess.
     "zimage-lora": dataclasses.replace(ZIMAGE, lora_rank=64, student_lr=5e-5, head_lr=5e-4),
