@@ -153,8 +153,9 @@ def curves(judge, recipe, steps):
     zero = torch.zeros(1)  # the logit of a head that knows nothing
     chance = float(ladd.LOSSES[recipe["loss"]][0](zero, zero))
     losses = {"heads_loss": "heads", "student_loss": "student", "distill_loss": "distillation"}
-    fid = {f"fid@{s}": f"{s} steps" for s in steps}
-    hue = {f"hue_entropy@{s}": f"{s} steps" for s in steps}
+    words = {s: f"{s} step" + "s" * (s > 1) for s in steps}
+    fid = {f"fid@{s}": word for s, word in words.items()}
+    hue = {f"hue_entropy@{s}": word for s, word in words.items()}
     taps = {f"accuracy/{tap}": tap for tap in recipe["taps"]}
     return [
         ("FID of 1,000 images", fid, judge.curve_floor, "real images", "log"),
