@@ -770,6 +770,14 @@ def test_the_gif_shows_the_grids_of_the_run(job):
         assert (movie.n_frames, movie.size) == (3, (302, 182))
 
 
+def test_runs_are_drawn_beneath_each_other(job, tmp_path):
+    runs = [str(job[0].parent / name) for name in ("a name", "another")]
+    for n in (1, 2):
+        report.main([*runs[:n], "--picture", str(tmp_path / "picture.png")])
+        with Image.open(tmp_path / "picture.png") as picture:
+            assert picture.size == (1400, 350 * n) and len(picture.getcolors(2**24)) > 20
+
+
 def test_sample_draws_a_grid_of_the_finished_run(job, weights, toy, tmp_path, capsys):
     run, _ = job
     world, pictures = toy(), set()
