@@ -1,10 +1,11 @@
-"""What the README says holds: its commands, its links, and the sizes that DESIGN promises."""
+"""What the README says holds: its commands, links and figures; and the sizes of the files."""
 
 import argparse
 import ast
 import importlib
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 
 import faults
 import ladd
+from toy_mnist import tables
 
 ROOT = Path(ladd.__file__).parent
 README = (ROOT / "README.md").read_text()
@@ -117,6 +119,27 @@ def test_links_lead_somewhere(page):
         target = page.parent / name if name else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target.read_text()), link
+
+
+def test_the_table_of_results_is_drawn_from_the_benchmarks_runs():
+    """Mean and standard deviation over the seeds; the teacher's FID is that of 10,000 samples."""
+    lines = tables.read_lines(ROOT / "toy_mnist" / "results.jsonl")
+    settings = {"toy": "baseline", "ladd": "ladd"}
+    runs = {k: [line for line in lines if line["setting"] == v] for k, v in settings.items()}
+    teacher = runs["ladd"][0]["samples"]
+    rows = {f"| teacher, 50 steps | 64 | {teacher['fid']:.2f} | 1.00 |": teacher}
+    for name, made in runs.items():
+        for steps in ("4", "2", "1"):
+            keys = "fid", "accuracy", "hue_entropy"
+            mean = {key: statistics.fmean(line[key][steps] for line in made) for key in keys}
+            fids = [line["fid"][steps] for line in made]
+            spread = f" ± {statistics.stdev(fids):.2f}" if len(fids) > 1 else ""
+            words = f"{mean['fid']:.2f}{spread} | {mean['fid'] / teacher['fid']:.2f}"
+            rows[f"| `{name}`, {steps} step{'s' * (steps > '1')} | {steps} | {words} |"] = mean
+    for start, figures in rows.items():
+        row = f"{start} {figures['accuracy']:.3f} | {figures['hue_entropy']:.3f} |"
+        assert row in README.splitlines(), row
+    assert not any(line["collapsed"] for line in lines)
 
 
 def test_the_readme_is_short():

@@ -176,6 +176,8 @@ def draw_curve(ax, run, batch, title, names, level, meaning, scale):
     ax.set_xlabel("images seen", fontsize=12)
     ax.set_ylabel(title, fontsize=12)
     ax.set_yscale(scale)
+    ax.yaxis.set_major_formatter("{x:g}")  # no powers of ten
+    ax.yaxis.set_minor_formatter("{x:g}")
     ax.set_xlim(0)
     ax.legend(fontsize=10)
 
