@@ -180,7 +180,7 @@ def test_samples_equal_the_stock_pipeline_with_guidance(place, latents):
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-3), ("bfloat16", 5e-2)])
 def test_samples_without_guidance_by_another_seed(place, tmp_path, dtype, tolerance):
-    (tmp_path / "p.txt").write_text("\n".join(PROMPTS[:2]))
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS[:4]))
     options = ["--guidance", 1, "--seed", 9, "--resolution", "80x48", "--dtype", dtype]
     assert run(place, tmp_path / "out", *options, "--prompts", tmp_path / "p.txt") == 0
     x0, _, _ = data.Latents(tmp_path / "out").get([0, 1])
