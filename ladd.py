@@ -313,7 +313,7 @@ class Recipe:
     student_lr: float = field(1e-4, "peak learning rate of the student")
     head_lr: float = field(1e-3, "peak learning rate of the heads")
     lr_warmup: int = field(50, "iterations over which both learning rates rise from 0")
-    lr_decay: str = field("cosine", "to 0: the student's, or both", ("none", "cosine", "both"))
+    lr_decay: str = field("cosine", "of the student's rate, or both", ("none", "cosine", "both"))
     beta1: float = field(0.0, "first moment of both AdamW optimizers", most=0.9999)
     beta2: float = field(0.99, "second moment of both AdamW optimizers", most=0.9999)
     gen_every: int = field(1, "update the student every so many iterations", least=1)
@@ -327,10 +327,10 @@ class Recipe:
     paired_share: float = field(0.0, "share of samples that use their stored noise", most=1)
     distill_weight: float = field(0.0, "weight of the squared error to a known target")
     distill_power: float = field(0.0, "divide that error by t to this power")
-    distill_own: bool = field(False, "other noise, t = 1: its target is the student's own, +1 F")
-    backward_simulation: bool = field(False, "t < 1: the inputs are the student's own steps, +1 F")
+    distill_own: bool = field(False, "at t = 1 other noise aims at the student's own sample, +1 F")
+    backward_simulation: bool = field(False, "inputs at t < 1: where its own steps lead, +1 F")
     ema_half_life: float = field(10_000.0, "half-life of the average, in samples (0 = no average)")
-    ema_ramp: float = field(0.1, "it is at most this share of the samples so far", least=1e-6)
+    ema_ramp: float = field(0.1, "half-life: at most this share of the samples so far", least=1e-6)
     taps: tuple[str, ...] = field((), "modules of the teacher that the heads read")
     head_width: int = field(64, "channels of the heads", least=1, most=8192)
     heads_see_t: bool = field(False, "condition the heads on the student's t too (DEPARTURE)")
@@ -635,7 +635,7 @@ def clip_and_step(state, recipe, i, name):
     """
     model, opt = getattr(state, name), getattr(state, f"{name}_opt")
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    mean_over_ranks_([g for g in grads if not hasattr(g, "full_tensor")])  # FSDP's already are
+    mean_over_ranks_([g for g in grads if not hasattr(g, "full_tensor")])  # FSDP's are averaged
     norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     opt.param_groups[0]["lr"] = learning_rate(recipe, i, name == "student")
@@ -749,7 +749,7 @@ class State:
             told = (world.head_cond(b.cond).shape[1], recipe.head_width, recipe.heads_see_t)
             self.heads = world.make_heads(channels, sizes, *told, dtype).to(device)
             self.heads.standardise(maps)
-            # Rank 0's, weights and constants: other devices may draw and round otherwise.
+            # All ranks take rank 0's weights and constants: devices may differ in rounding.
             for v in self.heads.state_dict().values() if world_size() > 1 else ():
                 dist.broadcast(v, 0)
         self.student_opt = adamw(self.student, recipe)

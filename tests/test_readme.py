@@ -132,9 +132,8 @@ def test_the_table_of_results_is_drawn_from_the_benchmarks_runs():
         for steps in ("4", "2", "1"):
             keys = "fid", "accuracy", "hue_entropy"
             mean = {key: statistics.fmean(line[key][steps] for line in made) for key in keys}
-            fids = [line["fid"][steps] for line in made]
-            spread = f" ± {statistics.stdev(fids):.2f}" if len(fids) > 1 else ""
-            words = f"{mean['fid']:.2f}{spread} | {mean['fid'] / teacher['fid']:.2f}"
+            fid, fids = mean["fid"], [line["fid"][steps] for line in made]
+            words = f"{fid:.2f} ± {statistics.stdev(fids):.2f} | {fid / teacher['fid']:.2f}"
             rows[f"| `{name}`, {steps} step{'s' * (steps > '1')} | {steps} | {words} |"] = mean
     for start, figures in rows.items():
         row = f"{start} {figures['accuracy']:.3f} | {figures['hue_entropy']:.3f} |"

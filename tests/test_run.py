@@ -374,8 +374,8 @@ def test_the_log_has_the_mean_of_each_window(tmp_path, whole):
         assert "peak_gb" not in line
 
 
-def test_the_log_has_the_most_memory_of_a_gpu_since_the_last_line(tmp_path, monkeypatch):
-    """On a GPU that is made up: the run computes on the CPU."""
+def test_the_log_has_the_most_memory_of_a_gpu_since_the_last_line(tmp_path, monkeypatch, capsys):
+    """On a GPU that is made up: the run computes on the CPU. A command's end prints it too."""
     world, state_of, peaks = tiny.World(RECIPE), ladd.State, [3e9, 2e9, 1e9]
 
     def on_the_cpu(world, recipe, device, dtype):
@@ -384,10 +384,12 @@ def test_the_log_has_the_most_memory_of_a_gpu_since_the_last_line(tmp_path, monk
 
     world.teacher.parameters = lambda: iter([types.SimpleNamespace(device=torch.device("cuda"))])
     monkeypatch.setattr(ladd, "State", on_the_cpu)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peaks[0])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: [*peaks, 4e9][0])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peaks.pop(0))
     train(tmp_path / "run", world, log_every=2)
     assert [line["peak_gb"] for line in log_of(tmp_path / "run", without=())] == [3, 2, 1]
+    assert ladd.run_command_line(lambda argv: None, []) == 0
+    assert capsys.readouterr().out.endswith("\npeak_gb 4.000\n")
 
 
 def test_config_holds_recipe_difference_data_and_versions(never_killed, tmp_path, capsys):

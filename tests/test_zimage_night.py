@@ -197,9 +197,8 @@ def test_a_setting_is_kept_if_it_is_better_by_more_than_the_spread(night, tmp_pa
     with open(tmp_path / "file", "a") as f:
         f.write("\nbad --seed 3\n")
     assert night()[0] == 2
-    lines = [
-        line.split("\t") for line in (tmp_path / "out" / "results.tsv").read_text().split("\n")
-    ]
+    text = (tmp_path / "out" / "results.tsv").read_text()
+    lines = [line.split("\t") for line in text.split("\n")]
     ends = [line[4:] for line in lines[1:3]]
     assert ends[0] == ["0.20000 +- 0.10000", "0.40000", "-", "61", "kept"]
     assert ends[1] == ["0.30000 +- 0.20000", "0.40000", "-", "61", "dropped"] and len(lines) == 4

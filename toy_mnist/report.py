@@ -15,7 +15,7 @@ from torchvision.utils import make_grid
 
 import ladd
 from toy_mnist.edm import sample_dpm
-from toy_mnist.judge import WEIGHTS, Judge
+from toy_mnist.judge import Judge
 
 COLUMNS = ("NFE", "FID", "KID", "accuracy", "hue entropy", "ms/image")
 
@@ -116,25 +116,23 @@ def draw(world, run, student, rows):
         ax.imshow(grid.permute(1, 2, 0).numpy())
         ax.set_title(f"{row['name']}: FID {row['fid']:.2f}", fontsize=14)
         ax.axis("off")
-    plots = curves(world.judge, dataclasses.asdict(world.recipe), steps)
+    lines, plots = read_log(run), curves(world.judge, dataclasses.asdict(world.recipe), steps)
     for ax, curve in zip(beneath.subplots(1, 4), plots, strict=True):
-        draw_curve(ax, run, world.recipe.batch, *curve)
+        draw_curve(ax, lines, world.recipe.batch, *curve)
     figure.savefig(run / "report.png", dpi=100)
 
 
 def compare(runs, picture):
     """A picture with a row for each run: its last samples, hue entropy and losses."""
-    judge = Judge(WEIGHTS, "cpu", "judge", None)
-    figure = Figure(figsize=(14, 3.5 * len(runs)), layout="constrained")
-    for (left, *others), run in zip(
-        figure.subplots(len(runs), 3, sharey="col", squeeze=False), runs, strict=True
-    ):
-        recipe = ladd.read_config(run / "config.json")["recipe"]
+    judge, figure = Judge(), Figure(figsize=(14, 3.5 * len(runs)), layout="constrained")
+    rows = figure.subplots(len(runs), 3, sharey="col", squeeze=False)
+    for (left, *others), run in zip(rows, runs, strict=True):
+        lines, recipe = read_log(run), ladd.read_config(run / "config.json")["recipe"]
         left.imshow(Image.open(max((run / "samples").glob("*.png"))))
         left.set_title(f"{run.name}: two rows each of 4, 2 and 1 steps", fontsize=12)
         left.axis("off")
         for ax, curve in zip(others, curves(judge, recipe, (4, 2, 1))[1:3], strict=True):
-            draw_curve(ax, run, recipe["batch"], *curve)
+            draw_curve(ax, lines, recipe["batch"], *curve)
     figure.savefig(picture, dpi=100)
 
 
@@ -165,9 +163,12 @@ def curves(judge, recipe, steps):
     ]
 
 
-def draw_curve(ax, run, batch, title, names, level, meaning, scale):
-    """One plot of a run's metrics over the images seen."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def read_log(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def draw_curve(ax, lines, batch, title, names, level, meaning, scale):
+    """One plot of metrics over the images seen. lines: those of metrics.jsonl."""
     for key, label in names.items():
         points = [(line["iteration"] * batch, line[key]) for line in lines if key in line]
         if points:
@@ -186,8 +187,7 @@ def main(argv):
     parser = ladd.Parser("python -m toy_mnist.report", description="draw runs beneath each other")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of toy runs")
     parser.add_argument("--picture", required=True, metavar="FILE", help="the PNG to write")
-    options = parser.parse_args(argv)
-    compare(options.runs, options.picture)
+    compare(**vars(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

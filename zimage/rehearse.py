@@ -168,11 +168,11 @@ def main(argv=None):
         place, gigabytes = Path(place).absolute(), f"{planned.peak / 1e9:.3f}"
         seconds = rehearse(place, options, recipe, more, gigabytes)
     best = planned.flops * recipe.batch / options.gpus / 1e12 / plan.CARDS[options.gpu][0]
-    print(
-        f"an iteration: {seconds:.2f} s, planned {best / 0.5:.2f} s at 50 % of the peak of", end=""
-    )
     reached = f": {best / seconds:.0%} reached" if here else ""
-    print(f" {options.gpus} x {options.gpu} or {best / 0.4:.2f} s at 40 %{reached}")
+    print(
+        f"an iteration: {seconds:.2f} s, planned {best / 0.5:.2f} s at 50 % of the peak of "
+        f"{options.gpus} x {options.gpu} or {best / 0.4:.2f} s at 40 %{reached}"
+    )
     print(f"{options.out}: teacher as by the stock pipeline, student, untrained student\nready")
 
 
