@@ -159,21 +159,18 @@ def tapped(root, names, forward, early_exit=True):
     """
     modules, outputs = dict(root.named_modules()), {}
     check(names, "taps = (): name the modules of the teacher that the heads read")
-    for name in names:
-        check(name in modules, f"taps: {name!r} is no module of the teacher")
 
     def hook(name, module, inputs, output):
         outputs.setdefault(name, output)
         if early_exit and len(outputs) == len(names):
             raise LastTap
 
-    handles = [modules[k].register_forward_hook(functools.partial(hook, k)) for k in names]
-    try:
-        with contextlib.suppress(LastTap):
-            forward()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as stack, contextlib.suppress(LastTap):
+        for name in names:
+            check(name in modules, f"taps: {name!r} is no module of the teacher")
+            handle = modules[name].register_forward_hook(functools.partial(hook, name))
+            stack.enter_context(handle)
+        forward()
     for name in names:
         check(name in outputs, f"taps: {name!r} is never run by the teacher")
     return [outputs[name] for name in names]

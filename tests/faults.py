@@ -653,7 +653,7 @@ FAULTS = [
         0,
         "taps that stay",
         "ladd.py",
-        "            handle.remove()",
+        "            stack.enter_context(handle)",
         "            pass",
         "test_method.py::test_taps_are_removed_whatever_happens",
     ),
