@@ -894,7 +894,7 @@ def claim(run, config, resume, stack):
         stack.callback(lambda: (run / "config.json").exists() or shutil.rmtree(run))
     if (run / "config.json").exists():
         check(resume, f"--name {run.name}: {run} exists; give another name, or --resume it")
-        old, asked = read_config(run / "config.json"), config["recipe"]["iterations"]
+        old, asked = json.loads((run / "config.json").read_text()), config["recipe"]["iterations"]
         changed = diff(config["recipe"], old["recipe"]) | diff(config["data"], old["data"])
         changed.pop("iterations", None)  # a run may be made longer
         words = ", ".join(f"{k} = {new} (was {was})" for k, (was, new) in changed.items())
@@ -903,15 +903,6 @@ def claim(run, config, resume, stack):
         check(done <= asked, f"iterations = {asked}: {run} has done {done}")
     for part in run.glob(".*.part"):  # left by a killed process
         shutil.rmtree(part) if part.is_dir() else part.unlink()
-
-
-def read_config(path):
-    """The config.json of a run; UserError where the file is none."""
-    with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError):
-        config = json.loads(Path(path).read_text())
-        if all(isinstance(config[k], dict) for k in ("recipe", "data")):
-            return config
-    raise UserError(f"{path}: not the config.json of a run")
 
 
 def diff(new, old):
@@ -1191,16 +1182,16 @@ def resolve_recipe(recipes, options):
     known = options.recipe in ("", *recipes) or config.is_file()
     check(known, f"--recipe {options.recipe}: give {', '.join(recipes)}, or a run's config.json")
     if options.recipe not in recipes and config.is_file():
-        recipe = recipe_from(type(recipe), read_config(config)["recipe"])
+        recipe = recipe_from(type(recipe), config)
     return dataclasses.replace(recipe, **given(options, type(recipe)))
 
 
-def recipe_from(cls, values):
-    """A recipe of class cls from a dict; UserError names a field that does not exist."""
-    known = [f.name for f in dataclasses.fields(cls)]
-    for name in values:
-        check(name in known, f"{name}: the recipe has no such field; it has {', '.join(known)}")
-    return cls(**values)
+def recipe_from(cls, path):
+    """The recipe in a run's config.json, as class cls. UserError names an unknown field."""
+    try:
+        return cls(**json.loads(path.read_text())["recipe"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: holds no recipe of this world ({error})") from error
 
 
 def numbered_folder(out):

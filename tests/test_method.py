@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import itertools
-import json
 import math
 import statistics
 
@@ -518,14 +517,17 @@ def test_recipe_defaults_are_the_papers_and_every_field_is_explained():
     )
 
 
-def test_recipe_from_a_files_dict_and_its_diff():
+def test_recipe_from_a_file_and_its_diff(tmp_path):
     r = tiny.make_recipe(times=[1, 0.5], time_probs=[1, 0], warmup_probs=[0.5, 0.5], student_lr=1)
     assert type(r.times[0]) is type(r.student_lr) is float
-    stored = json.loads(json.dumps(dataclasses.asdict(r)))
-    assert ladd.recipe_from(Recipe, stored) == r
-    assert ladd.recipe_from(Recipe, {"batch": 5}) == Recipe(batch=5)  # an older file
-    with pytest.raises(UserError, match="sede: "):
-        ladd.recipe_from(Recipe, {**stored, "sede": 3})
+    stored, file = dataclasses.asdict(r), tmp_path / "config.json"
+    for values, want in ((stored, r), ({"batch": 5}, Recipe(batch=5))):  # whole, and an older one
+        ladd.write_json(file, {"recipe": values})
+        assert ladd.recipe_from(Recipe, file) == want
+    for bad, word in (({"recipe": {**stored, "sede": 3}}, "'sede'"), ({"rows": []}, "'recipe'")):
+        ladd.write_json(file, bad)
+        with pytest.raises(UserError, match=f"config.json: .*{word}"):
+            ladd.recipe_from(Recipe, file)
     other = dataclasses.replace(r, seed=3, times=(1.0, 0.4))
     assert ladd.diff(r, r) == {}
     assert ladd.diff(other, r) == {"seed": (0, 3), "times": (r.times, other.times)}

@@ -127,7 +127,7 @@ def compare(runs, picture):
     judge, figure = Judge(), Figure(figsize=(14, 3.5 * len(runs)), layout="constrained")
     rows = figure.subplots(len(runs), 3, sharey="col", squeeze=False)
     for (left, *others), run in zip(rows, runs, strict=True):
-        lines, recipe = read_log(run), ladd.read_config(run / "config.json")["recipe"]
+        lines, recipe = read_log(run), json.loads((run / "config.json").read_text())["recipe"]
         left.imshow(Image.open(max((run / "samples").glob("*.png"))))
         left.set_title(f"{run.name}: two rows each of 4, 2 and 1 steps", fontsize=12)
         left.axis("off")

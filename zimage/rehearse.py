@@ -130,7 +130,7 @@ def rehearse(place, options, recipe, more, planned):
     few = ["--seeds", 0, *drawn, "--prompts", place / "few.txt"]
     stage("KID", gpus, *judge, run, *few)
     stage("export", 1, "-m", "zimage.export", run, "--out", place / "export", *kind[2:])
-    began, made_of = time.time(), ladd.read_config(run / "config.json")["data"]
+    began, made_of = time.time(), json.loads((run / "config.json").read_text())["data"]
     steps, images = made_of["latents.steps"], run / "evaluation"
     call = {"num_inference_steps": steps, "guidance_scale": made_of["latents.guidance"] - 1}
     teacher = images / f"teacher@{steps}" / "seed-0"

@@ -38,12 +38,12 @@ def open_run(folder, model=None):
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text())
-        recipe, made_of = config["recipe"], config["data"]
+        made_of = config["data"]
         digest, made_by = made_of["teacher"], made_of["latents.model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = f"no Z-Image run's config.json ({type(error).__name__})"
         raise UserError(f"{path}: {why}; give the folder of a run, like runs/first") from error
-    recipe = ladd.recipe_from(ZImageRecipe, recipe)
+    recipe = ladd.recipe_from(ZImageRecipe, path)
     ended = (folder / "student" / "config.json").exists()
     check(ended, f"{folder}: no student/ yet; go on with it by --resume --name {folder.name}")
     model = str(model or made_by)

@@ -46,7 +46,7 @@ def figures(run, words, recipe, seed, options):
         often = ["--checkpoint-every", max(1, recipe.iterations // 4)]
         place = ["--seed", seed, "--out", run.parent, "--name", run.name, "--resume"]
         launch(options.gpus, [ladd.__file__, "--zimage", *often, *words, *place], log)
-        steps = ladd.read_config(run / "config.json")["data"]["latents.steps"]
+        steps = json.loads((run / "config.json").read_text())["data"]["latents.steps"]
         teacher = run / "evaluation" / f"teacher@{options.teacher_steps or steps}"
         if not teacher.is_symlink():  # all runs share its images
             teacher.parent.mkdir(exist_ok=True)
