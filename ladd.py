@@ -834,17 +834,17 @@ def train(world, recipe, run, options=None, losses=None):
     losses: as in `train_step`.
     """
     options, run = options or Options(), Path(os.path.expanduser(run))
-    part = recipe.batch / world_size()
-    size = options.micro_batch or part
-    way_out = "give a multiple of the ranks, at least two samples for each"
-    check(part % 1 == 0 and part >= 2, f"batch = {recipe.batch}, {world_size()} ranks: {way_out}")
-    ok = part % size == 0 and size >= 2
-    check(ok, f"--micro-batch {size:g}: give 2 or more that divide batch / ranks = {part:g}")
-    odd = recipe.misaligned_weight and size % 2
-    check(not odd, f"micro-batches of {size:g}: misaligned pairs need an even number of samples")
     with contextlib.ExitStack() as stack:
         config = describe(world, recipe)
         on_rank0(lambda: claim(run, config, options.resume, stack))
+        part = recipe.batch / world_size()
+        size = options.micro_batch or part
+        way_out = "give a multiple of the ranks, at least two samples for each"
+        check(part % 1 == 0 and part >= 2, f"batch = {recipe.batch}: {way_out}")
+        ok = part % size == 0 and size >= 2
+        check(ok, f"--micro-batch {size:g}: give 2 or more that divide batch / ranks = {part:g}")
+        odd = recipe.misaligned_weight and size % 2
+        check(not odd, f"micro-batches of {size:g}: misaligned pairs need an even number")
         device = next(world.teacher.parameters()).device
         state = State(world, recipe, device, getattr(torch, options.dtype))
         on_rank0(lambda: write_json(run / "config.json", config))
@@ -1236,11 +1236,7 @@ def distil(argv):
     if options.sample:
         return world.sample(options.run, options.steps or len(recipe.times))
     run = options.run or on_rank0(lambda: numbered_folder(options.out))
-    try:
-        state = train(world, recipe, run, run_options)
-    finally:
-        with contextlib.suppress(OSError):  # rmdir refuses a folder that holds anything
-            run.rmdir()
+    state = train(world, recipe, run, run_options)
     with state.averaged() as student:
         world.finish(student, run)
 

@@ -841,6 +841,7 @@ def test_bad_input_is_one_line_and_no_run(tmp_path, capsys, word, words, named):
 @pytest.mark.parametrize("size, batch", [(5, 12), (12, 12)], ids=["not divisible", "one each"])
 def test_a_batch_that_the_ranks_do_not_share_is_refused(tmp_path, monkeypatch, size, batch):
     monkeypatch.setattr(ladd, "world_size", lambda: size)
+    monkeypatch.setattr(ladd, "on_rank0", lambda make: make())
     with pytest.raises(ladd.UserError, match=f"batch = {batch}.*multiple of the ranks"):
         train(tmp_path / "run")
     assert not (tmp_path / "run").exists()
