@@ -975,13 +975,10 @@ def any_rank(flag):
 
 
 def mean_over_ranks_(tensors):
-    """Replace each tensor by its mean over the ranks, in one exchange."""
-    if world_size() > 1 and tensors:
-        flat = torch.cat([t.flatten() for t in tensors])
-        dist.all_reduce(flat)
-        means = (flat / world_size()).split([t.numel() for t in tensors])
-        for t, mean in zip(tensors, means, strict=True):
-            t.copy_(mean.view_as(t))
+    """Replace each tensor by its mean over the ranks."""
+    for t in tensors if world_size() > 1 else ():
+        dist.all_reduce(t)
+        t.div_(world_size())
 
 
 # ---- 12. Files: written beside their place and renamed, so a kill leaves no half of one ----------

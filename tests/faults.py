@@ -685,8 +685,8 @@ FAULTS = [
         0,
         "gradients add up over the ranks",
         "ladd.py",
-        "means = (flat / world_size())",
-        "means = flat",
+        "        t.div_(world_size())\n",
+        "",
         "test_run.py::test_ranks_share_a_batch_and_take_the_gradients_of_one",
     ),
     Fault(
