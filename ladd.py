@@ -766,17 +766,13 @@ class State:
 
 
 def adamw(model, recipe):
-    """AdamW with a state from the start, zeros. Else saving a checkpoint would make it by a real
-    step, and so change the run."""
+    """AdamW with a state from the start. Else saving a checkpoint would make it by a real step."""
     fused = next(model.parameters()).is_cuda or None  # torch's default makes large temporaries
     betas = (recipe.beta1, recipe.beta2)
     opt = torch.optim.AdamW(model.parameters(), 0.0, betas, weight_decay=0.0, fused=fused)
     for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    opt.step()
-    opt.zero_grad(set_to_none=True)
-    for slot in opt.state.values():
-        slot["step"].zero_()
+        opt.state[p] = {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
+        opt.state[p]["step"] = torch.zeros((), device=p.device if fused else "cpu")
     return opt
 
 
