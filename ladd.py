@@ -188,16 +188,17 @@ def fourier(t, n=32):
 class Head(nn.Module):
     """A feature map [B, C, H, W] and an embedding [B, E] -> one logit per patch [B, h, w].
 
-    DEPARTURE: a fixed mean and deviation standardise each channel, measured once (`State`). There
-    is no normalisation layer: it weakens a discriminator (R3GAN, arXiv 2501.05441), and would
+    DEPARTURE: a fixed mean and deviation, of maps f of real samples, standardise each channel.
+    There is no normalisation layer: it weakens a discriminator (R3GAN, arXiv 2501.05441), and would
     remove each sample's own mean and contrast. A map with a side over 8 is halved by a stride.
     """
 
-    def __init__(self, channels, size, width, emb):
+    def __init__(self, f, width, emb):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(channels, 1, 1))
-        self.register_buffer("std", torch.ones(channels, 1, 1))
-        self.conv1 = nn.Conv2d(channels, width, 3, stride=2 if max(size) > 8 else 1, padding=1)
+        self.register_buffer("mean", f.mean((0, 2, 3), keepdim=True)[0])
+        self.register_buffer("std", f.std((0, 2, 3), keepdim=True)[0] + 1e-3)
+        stride = 2 if max(f.shape[2:]) > 8 else 1
+        self.conv1 = nn.Conv2d(f.shape[1], width, 3, stride, padding=1)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         self.film = nn.Linear(emb, 4 * width)
         self.out = nn.Conv2d(width, 1, 1)
@@ -214,26 +215,19 @@ class Heads(nn.Module):
     """Independent heads, one per tap, conditioned on t_hat and the sample's condition.
 
     DEPARTURE: with see_t the heads are conditioned on the student's own t too.
-    channels, sizes: C and (H, W) of each tap. cond_dim: D, the length of a condition vector.
+    maps: of each tap, to be standardised by. cond_dim: D, the length of a condition vector.
     dtype: what the heads compute in; their weights are float32. head: the class of each head.
     """
 
-    def __init__(self, channels, sizes, cond_dim, width=64, see_t=False, dtype=None, head=Head):
+    def __init__(self, maps, cond_dim, width=64, see_t=False, dtype=torch.float32, head=Head):
         super().__init__()
-        self.see_t, self.dtype = see_t, dtype or torch.float32
+        self.see_t, self.dtype = see_t, dtype
         told, emb = 64 * (1 + see_t) + cond_dim, 2 * width
         self.embed = nn.ModuleList(
             nn.Sequential(nn.Linear(told, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
-            for _ in channels
+            for _ in maps
         )
-        maps = zip(channels, sizes, strict=True)
-        self.heads = nn.ModuleList(head(c, size, width, emb) for c, size in maps)
-
-    def standardise(self, maps):
-        """Measure each head's mean and deviation on maps [B, C, H, W] of real samples."""
-        for head, f in zip(self.heads, maps, strict=True):
-            head.mean.copy_(f.float().mean((0, 2, 3))[:, None, None])
-            head.std.copy_(f.float().std((0, 2, 3))[:, None, None] + 1e-3)
+        self.heads = nn.ModuleList(head(f.float(), width, emb) for f in maps)
 
     def forward(self, maps, t_hat, cond, t):
         """maps [B, C, H, W] per tap, t_hat [B], cond [B, D], t [B] -> logits [B, h, w] per tap."""
@@ -673,6 +667,7 @@ class World:
     """Teacher, data and evaluation. Your own must define `batch`; the rest has defaults."""
 
     reference = None  # the recipe that config.json lists the differences from (None: Recipe())
+    head = Head  # the class of the heads
 
     def __init__(self, teacher, recipe):
         """teacher: nn.Module velocity(x_t [B, ...], t [B], cond) -> v [B, ...], float32, frozen."""
@@ -681,10 +676,6 @@ class World:
     def make_student(self):
         """The network to train. Its weights are float32: coarser ones would lose small updates."""
         return copy.deepcopy(self.teacher).requires_grad_(True).train()
-
-    def make_heads(self, *args):
-        """The heads, by the arguments of `Heads`. Override it to pass another `head`."""
-        return Heads(*args)
 
     def features(self, x_t, t, cond):
         """The teacher's features of x_t, one map [B, C, H, W] per tap. Gradients flow to x_t."""
@@ -742,10 +733,8 @@ class State:
             maps = world.features(interpolate(b.real, b.eps_real, b.t_real), b.t_real, b.cond)
             for m in maps:
                 check(m.ndim == 4, f"taps: one gives {list(m.shape)}, not a map [B, C, H, W]")
-            channels, sizes = [m.shape[1] for m in maps], [m.shape[2:] for m in maps]
             told = (world.head_cond(b.cond).shape[1], recipe.head_width, recipe.heads_see_t)
-            self.heads = world.make_heads(channels, sizes, *told, dtype).to(device)
-            self.heads.standardise(maps)
+            self.heads = Heads(maps, *told, dtype, world.head).to(device)
             # All ranks take rank 0's weights and constants: devices may differ in rounding.
             for v in self.heads.state_dict().values() if world_size() > 1 else ():
                 dist.broadcast(v, 0)

@@ -878,8 +878,8 @@ FAULTS = [
         0,
         "the heads' constants are not measured",
         "ladd.py",
-        "            self.heads.standardise(maps)\n",
-        "",
+        '"mean", f.mean((0, 2, 3), keepdim=True)[0]',
+        '"mean", 0 * f.mean((0, 2, 3), keepdim=True)[0]',
         "test_method.py::test_a_state_standardises_its_heads",
     ),
     Fault(

@@ -609,13 +609,13 @@ def test_trouble_on_one_rank_is_trouble_on_both(tmp_path):
 def heads_at_start(rank, folder=None):
     """The heads of a world that draws weights and measures features otherwise on each rank."""
     world = tiny.World(RECIPE)
-    make, features = world.make_heads, world.features
+    features = world.features
 
-    def make_heads(*args):
+    def head(*args):
         torch.manual_seed(rank)
-        return make(*args)
+        return ladd.Head(*args)
 
-    world.make_heads = make_heads
+    world.head = head
     world.features = lambda *args: [f * (1 + rank) for f in features(*args)]
     return tiny.make_state(world, RECIPE).heads.state_dict()
 

@@ -87,7 +87,7 @@ def test_memory_of_what_stays_is_right_to_the_byte(rank):
     assert groups["activations"] < 4 * sum(map(math.prod, shapes))
     del net.layers[1]  # which lies behind the last tap
     assert groups["teacher"] == 2 * sum(p.numel() for p in net.parameters())
-    sizes = [p.numel() for p in ladd.Heads([D], [(2, 2)], 32, 8).parameters()]
+    sizes = [p.numel() for p in ladd.Heads([torch.zeros(2, D, 2, 2)], 32, 8).parameters()]
     # Weights, moments, steps, constants; their gradients are gone by then.
     assert groups["heads"] == 4 * (3 * sum(sizes) + len(sizes) + 2 * D)
 

@@ -171,9 +171,9 @@ class AddWorld(ToyWorld):
 class NormedHead(ladd.Head):
     """A head with GroupNorm in place of constants, which most implementations have."""
 
-    def __init__(self, channels, size, width, emb):
-        super().__init__(channels, size, width, emb)
-        self.norm0 = nn.GroupNorm(math.gcd(8, channels), channels)
+    def __init__(self, f, width, emb):
+        super().__init__(f, width, emb)
+        self.norm0 = nn.GroupNorm(math.gcd(8, f.shape[1]), f.shape[1])
         self.norm1 = nn.GroupNorm(8, width, affine=False)
         self.norm2 = nn.GroupNorm(8, width, affine=False)
 
@@ -187,8 +187,7 @@ class NormedHead(ladd.Head):
 class NormedWorld(ToyWorld):
     """The toy with such heads."""
 
-    def make_heads(self, *args):
-        return ladd.Heads(*args, head=NormedHead)
+    head = NormedHead
 
 
 class DataWorld(ToyWorld):
