@@ -1,18 +1,18 @@
 """ladd: Latent Adversarial Diffusion Distillation (LADD, Sauer et al., arXiv 2403.12015), one file.
 
 LADD turns a many-step diffusion or flow teacher into a student that needs 1 to 4 steps. The student
-guesses the clean sample x0 in one step. The guess and a real sample (one of the teacher's own) are
-re-noised, because the teacher knows noised inputs only, and shown to the frozen teacher. Under
-much noise only layout can be judged, under little noise detail too. Small heads on the teacher's
-inner features learn to tell the two apart; the student learns to fool them. Nothing is decoded to
-pixels.
+guesses the clean sample x0 in one step. The guess (fake) and a sample of the teacher (real) get
+noise again, up to a random time t_hat, because the teacher knows noised inputs only. The frozen
+teacher is run on both. Small heads read its inner layers, the taps, and learn to tell real from
+fake; the student learns to fool them. Much noise leaves only layout to judge, little noise leaves
+detail too. Nothing is decoded to pixels.
 
     python ladd.py --toy            distil the shipped Color-MNIST teacher, and print a table
     python ladd.py --toy --help     every option, with its meaning
     torchrun --nproc_per_node=8 ladd.py --zimage --data DIR     distil Z-Image (6B)
 
 This file is the method. A world (toy_mnist/, zimage/ or your own) brings teacher, data and
-evaluation: see `World`. DEPARTURE marks where we leave the paper; the README lists all departures.
+evaluation: see `World`. DEPARTURE marks where we leave the paper; the README says why.
 """
 
 import argparse
@@ -86,9 +86,9 @@ def velocity_to_x0(x_t, v, t):
 def guided(velocity, null_cond, w, interval=(0.0, 1.0)):
     """Classifier-free guidance (arXiv 2207.12598) as a velocity: neg + w (pos - neg).
 
-    null_cond(cond) is the unconditional condition. Guidance is applied for t in the interval (arXiv
-    2404.07724). If no sample lies in it, or w = 1, one pass is made instead of two. Under FSDP all
-    ranks must make the same calls: leave the interval at its default there.
+    pos is the velocity under cond, neg that under null_cond(cond). Guidance is applied for t in the
+    interval (arXiv 2404.07724). If no sample lies in it, or w = 1, one pass is made instead of two.
+    Under FSDP all ranks must make the same calls: leave the interval at its default there.
     """
     low, high = interval[0] - 1e-6, interval[1] + 1e-6  # t is float32: allow for rounding
 
@@ -188,9 +188,9 @@ def fourier(t, n=32):
 class Head(nn.Module):
     """A feature map [B, C, H, W] and an embedding [B, E] -> one logit per patch [B, h, w].
 
-    DEPARTURE: a fixed mean and deviation, of maps f of real samples, standardise each channel.
-    There is no normalisation layer: it weakens a discriminator (R3GAN, arXiv 2501.05441), and would
-    remove each sample's own mean and contrast. A map with a side over 8 is halved by a stride.
+    DEPARTURE: the mean and deviation of maps f of real samples standardise each channel. They stay
+    fixed. A normalisation layer such as GroupNorm would weaken the discriminator (R3GAN, arXiv
+    2501.05441) and remove each sample's own mean and contrast. A side over 8 is halved by a stride.
     """
 
     def __init__(self, f, width, emb):
@@ -212,9 +212,9 @@ class Head(nn.Module):
 
 
 class Heads(nn.Module):
-    """Independent heads, one per tap, conditioned on t_hat and the sample's condition.
+    """One head per tap. Each is conditioned on t_hat and on the sample's condition.
 
-    DEPARTURE: with see_t the heads are conditioned on the student's own t too.
+    DEPARTURE: with see_t each is conditioned on the student's own t too.
     maps: of each tap, to be standardised by. cond_dim: D, the length of a condition vector.
     dtype: what the heads compute in; their weights are float32. head: the class of each head.
     """
@@ -258,11 +258,11 @@ LOSSES = {  # name: (loss of the heads, loss of the student), each of (real logi
 
 
 def gradient_penalty(state, recipe, b, maps, logits, told, side):
-    """Approximate R1 or R2 (APT, arXiv 2501.08316), here on the heads' input features. A scalar.
+    """DEPARTURE: approximate R1 (real) or R2 (fake), APT, arXiv 2501.08316, on features. Scalar.
 
     mean (D(f + noise) - D(f))^2: logits should not jump when features get a little noise, of
     penalty_std times each channel's deviation. The teacher is not run again.
-    told: the heads' arguments besides the maps. side: keys the noise.
+    told: the heads' arguments besides the maps. side: "real" or "fake", a key of the noise.
     """
     shaken = []
     for k, (head, f) in enumerate(zip(state.heads.heads, maps, strict=True)):
@@ -287,8 +287,8 @@ class Recipe:
 
     F is one forward pass of the teacher. An iteration costs 3 F: the student, the teacher on real
     and on fake. A student update adds 3 F: backward through the teacher 1 (inputs only), through
-    the student 2 (inputs and weights). A field's +1 F is what it adds, about. UserError where a
-    value makes no sense.
+    the student 2 (inputs and weights). "+1 F" in a field's help: it adds about so much. UserError
+    where a value makes no sense.
     """
 
     iterations: int = field(2000, "iterations; each updates the heads", least=1)
@@ -298,13 +298,13 @@ class Recipe:
     time_probs: tuple[float, ...] = field((0.7, 0.1, 0.1, 0.1), "probability of each time (LADD)")
     warmup_probs: tuple[float, ...] = field((0.0, 0.0, 0.5, 0.5), "during the warm-up (LADD)")
     warmup: int = field(500, "iterations that use warmup_probs (LADD: 500)")
-    renoise_mean: float = field(1.0, "m of t_hat ~ LogitNormal(m, s) (LADD: 1)", least=-math.inf)
+    renoise_mean: float = field(1.0, "m of the re-noising time t_hat (LADD: 1)", least=-math.inf)
     renoise_std: float = field(1.0, "s of t_hat ~ LogitNormal(m, s) (LADD: 1)")
     share_noise: bool = field(True, "same t_hat and noise for real and fake (DEPARTURE)")
     student_lr: float = field(1e-4, "peak learning rate of the student")
     head_lr: float = field(1e-3, "peak learning rate of the heads")
     lr_warmup: int = field(50, "iterations over which both learning rates rise from 0")
-    lr_decay: str = field("cosine", "of the student's rate, or both", ("none", "cosine", "both"))
+    lr_decay: str = field("cosine", "lr falls to 0: student's, or both", ("none", "cosine", "both"))
     beta1: float = field(0.0, "first moment of both AdamW optimizers", most=0.9999)
     beta2: float = field(0.99, "second moment of both AdamW optimizers", most=0.9999)
     gen_every: int = field(1, "update the student every so many iterations", least=1)
@@ -314,12 +314,12 @@ class Recipe:
     penalty_weight: float = field(0.0, "weight of R1 and R2 on the heads' input features")
     penalty_std: float = field(0.1, "noise of that penalty, in standard deviations of a feature")
     misaligned_weight: float = field(0.0, "weight of misaligned pairs, `misaligned_loss`, +1 F")
-    anchor_weight: float = field(0.0, "weight of the error to the teacher's v at t < 1, +1 F")
-    paired_share: float = field(0.0, "share of samples that use their stored noise", most=1)
+    anchor_weight: float = field(0.0, "weight of the pull to the teacher's v at t < 1, +1 F")
+    paired_share: float = field(0.0, "share that starts from the noise that made x0", most=1)
     distill_weight: float = field(0.0, "weight of the squared error to a known target")
-    distill_power: float = field(0.0, "divide that error by t to this power")
-    distill_own: bool = field(False, "at t = 1 other noise aims at the student's own sample, +1 F")
-    backward_simulation: bool = field(False, "inputs at t < 1: where its own steps lead, +1 F")
+    distill_power: float = field(0.0, "divide that error by t to this power (2: an error of v)")
+    distill_own: bool = field(False, "t = 1, fresh noise: target is its many-step sample, +1 F")
+    backward_simulation: bool = field(False, "start at t < 1 where own steps from t = 1 lead, +1 F")
     ema_half_life: float = field(10_000.0, "half-life of the average, in samples (0 = no average)")
     ema_ramp: float = field(0.1, "half-life: at most this share of the samples so far", least=1e-6)
     taps: tuple[str, ...] = field((), "modules of the teacher that the heads read")
@@ -338,17 +338,17 @@ class Recipe:
             check(ok, f"{name} = {p}: give one probability per time; together they are 1")
 
 
-# What the recipes of both worlds share. The game, by itself `ladd` and `zimage-ladd`:
+# What the recipes of both worlds share. First the game and the anchor: `ladd` and `zimage-ladd`.
 GAME = {"warmup": 0, "time_probs": (0.5, 0.2, 0.15, 0.15), "renoise_std": 1.5}
 GAME |= {"penalty_weight": 5.0, "misaligned_weight": 0.25, "anchor_weight": 1.0}
 GAME |= {"backward_simulation": True, "heads_see_t": True}
-# `toy` and `zimage` add targets, and give the game less weight:
+# `toy` and `zimage` add targets, and halve the weight of the game.
 TARGETS = {"adv_weight": 0.5, "paired_share": 0.5}
 TARGETS |= {"distill_weight": 1.0, "distill_power": 2.0, "distill_own": True}
 
 
 # ---- 7. Draws: keyed by what they are for, made on the CPU, except the penalty's noise -----------
-# So a checkpoint stores no random state, and 1, 2 or 8 ranks see the same joint batch.
+# A checkpoint needs no random state. The joint batch, of all ranks together, is the same on 1 or 8.
 
 
 def generator(*key, device="cpu"):
@@ -399,7 +399,7 @@ def draw(recipe, iteration, index, shape):
         noise.append(torch.randn(1 + sides, *shape, generator=gen))
     t = torch.tensor(recipe.times)[torch.cat(which)]  # [B]
     t_hat = torch.sigmoid(recipe.renoise_mean + recipe.renoise_std * torch.stack(z))  # [B, sides]
-    # The last noise is also the second where it is shared.
+    # With shared noise there are two noises: the last is both eps_hat and eps_real.
     eps, eps_hat, eps_real = (torch.stack(noise)[:, k] for k in (0, 1, -1))  # [B, ...]
     paired = ((index + 1) * recipe.paired_share).floor() > (index * recipe.paired_share).floor()
     draws = {"t": t, "eps": eps, "paired": paired, "t_hat": t_hat[:, 0], "eps_hat": eps_hat}
@@ -425,10 +425,10 @@ def read_batch(world, recipe, iteration, start, count, device):
 def train_step(state, world, recipe, i, micro_batch=None, losses=None):
     """Iteration i: a step of the heads, then a step of the student against these newer heads.
 
-    The gradients of micro-batches add up to those of the whole batch. With one micro-batch both
-    turns share one guess. To keep the graphs of several would take too much memory, so then the
-    student's turn guesses again, for 2 F. Returns metrics.
-    losses: what takes the place of `heads_loss` and `student_loss`.
+    DEPARTURE: the heads step first. The gradients of micro-batches add up to those of the batch.
+    One micro-batch: both steps use one guess. Several: to keep their graphs would take too much
+    memory, so the student's step guesses again, for 2 F. Returns metrics.
+    losses: yours, in place of `heads_loss` (which sets b.real_logits) and `student_loss`.
     """
     loss_of_heads, loss_of_student = losses or (heads_loss, student_loss)
     student_turn = updates_student(recipe, i)
@@ -442,7 +442,7 @@ def train_step(state, world, recipe, i, micro_batch=None, losses=None):
 
     starts = range(rank() * n, (rank() + 1) * n, size)
     batches = [read_batch(world, recipe, i, start, size, state.device) for start in starts]
-    for b in batches:  # if it is one, its graph is kept for the student's turn
+    for b in batches:  # with only one, its graph is kept for the student's step
         b.x_t = student_input(state.student, recipe, b)
         x0_hat, fake = guess(state.student, world, b, student_turn and size == n)
         with torch.no_grad():
@@ -470,8 +470,8 @@ def guess(student, world, b, grad):
 def student_input(student, recipe, b):
     """The student's input x_t [B, ...]: the noised x0, or where its own steps arrive at t.
 
-    Backward simulation (DMD2, arXiv 2405.14867, section 4.5) takes Euler steps from the noise to
-    each sample's t, as sampling does.
+    DEPARTURE: backward simulation (DMD2, arXiv 2405.14867, section 4.5) takes Euler steps from the
+    noise to each sample's t. So the student trains on inputs that it meets in Euler sampling.
     """
     if not recipe.backward_simulation:
         return interpolate(b.x0, b.eps, b.t)
@@ -522,12 +522,12 @@ def heads_loss(state, world, recipe, b, real, fake):
 
 
 def misaligned_loss(state, world, recipe, b, real_logits):
-    """softplus(wrong - right): a real sample scores less under another sample's condition.
+    """DEPARTURE: softplus(wrong - right). Under another sample's condition real should score less.
 
     This ties the heads to the condition (misaligned pairs, SANA-Sprint, arXiv 2503.09641). The
-    other sample is the neighbour in the joint batch. The teacher is given the wrong condition too:
-    else the heads could compare what they are told with what the teacher was, without a look at
-    the sample.
+    other sample is the neighbour in the joint batch. The teacher gets the wrong condition too.
+    Otherwise its features would carry the right one, and the heads would be given the wrong one:
+    they could notice that these differ, and need not look at the sample.
     """
     # Places 0 and 1, 2 and 3, ... of the joint batch exchange their conditions.
     wrong = b.cond[(b.index ^ 1) - b.index[0]]
@@ -560,9 +560,9 @@ def student_loss(state, world, recipe, b, fake, x0_hat):
 def distillation_loss(student, recipe, b, x0_hat):
     """DEPARTURE: squared error of the guess to a known target, divided by t^distill_power.
 
-    The target of stored noise is the teacher's sample that was made from it. That of other noise at
-    t = 1 is, with distill_own, where the student's own steps lead; else there is none. Without
-    backward simulation the target at t < 1 is x0, for any noise.
+    Stored noise: the target is x0, the teacher's sample that was made from it. Other noise at t = 1
+    has a target with distill_own only: the sample to which all the student's steps lead from it.
+    Other noise at t < 1 has a target without backward simulation only: x0, which it was added to.
     """
     known = b.paired | ((b.t < 1) & (not recipe.backward_simulation))
     target = b.x0
@@ -593,8 +593,8 @@ def diagnostics(recipe, real, fake, real_logits, fake_logits):
     """What to watch of the heads.
 
     accuracy/TAP: how often the real sample's logit is above the fake's at the same place; 0.5 is
-    chance. diversity: the mean distance of neighbours in the batch at the last tap, that of fakes
-    divided by that of reals. 1 is healthy.
+    chance. diversity: how far neighbours in the batch lie apart at the last tap, fakes divided by
+    reals. 1 is healthy, less is a sign of collapse.
     """
     distances = []
     for maps in (fake[-1], real[-1]):
@@ -683,7 +683,7 @@ class World:
         return [f[:, :, None, None] if f.ndim == 2 else f for f in maps]
 
     def anchor(self, x_t, t, cond):
-        """What anchor_weight holds the student's velocity to. Override it if samples are guided."""
+        """The velocity that anchor_loss pulls the student to. Override it if samples are guided."""
         return self.teacher(x_t, t, cond)
 
     def head_cond(self, cond):
@@ -701,7 +701,7 @@ class World:
         raise NotImplementedError
 
     def fingerprint(self):
-        """What the data was made of, for JSON. A run is resumed only with the same."""
+        """What teacher and data were made of, for JSON: a run is resumed only with the same."""
         return {}
 
     def evaluate(self, student, run, step):
@@ -717,12 +717,12 @@ class World:
         save_weights(run / f"{name}.safetensors", student.state_dict(), {"kind": "student"})
 
     def finish(self, student, run):
-        """What the command line does at the end: save the student, and report on it."""
+        """The command line's end (`train` has none): save the student, and report on it."""
         self.save(student, run)
 
 
 class State:
-    """What changes while a run trains: student, heads, optimizers, average, two counters."""
+    """What changes while a run trains: student, heads, optimizers, average, skips, best score."""
 
     def __init__(self, world, recipe, device, dtype=torch.float32):
         self.device = device
@@ -966,7 +966,7 @@ def mean_over_ranks_(tensors):
         t.div_(world_size())
 
 
-# ---- 12. Files: written beside their place and renamed, so a kill leaves no half of one ----------
+# ---- 12. Files: written under another name, then renamed, so a kill never leaves half a file -----
 # Weights and caches are safetensors. Checkpoints are trusted local files, complete with .metadata.
 
 
