@@ -454,6 +454,8 @@ def test_judge_training_on_a_few_digits(mnist_root, tmp_path):
         data = ColorMNIST(*load_mnist(mnist_root), seed=1000)
         x, label = data.batch(torch.tensor(span), toy_judge.PAINTED)
         f.append(made(x, label)["fid"])
+        curve = made(x, label, curve=True)["fid"]
+        assert span[0] == 0 or curve == pytest.approx(made.curve_floor, rel=1e-2)
     assert f[0] == pytest.approx(made.floor[100], rel=1e-6) and f[1] == pytest.approx(0, abs=1e-2)
 
 
@@ -464,28 +466,6 @@ def test_real_mnist_is_judged_as_the_shipped_figures_say(real_mnist, judge):
     assert judged["fid"] == pytest.approx(judge.floor[1000], rel=1e-2)
     assert judged["accuracy"] > 0.98 and judged["hue_entropy"] > 0.98
     assert judge(x, label, curve=True)["fid"] == pytest.approx(judge.curve_floor, rel=1e-2)
-
-
-def test_with_inception_every_floor_is_inceptions_own(monkeypatch):
-    """A stand-in for the network, and few digits: 100 of reference, 100 for the floor, 100 more."""
-
-    def pixels(x):
-        return nn.functional.avg_pool2d(x, 14).flatten(1)
-
-    monkeypatch.setattr(toy_judge, "inception", lambda device: pixels)
-    monkeypatch.setattr(toy_judge, "load_mnist", lambda root: grey_digits(300))
-    made = Judge(fid="inception")
-    images, label = ColorMNIST(*grey_digits(300)).batch(torch.arange(300), toy_judge.PAINTED)
-    f = pixels(images)
-    assert made.floor == {100: pytest.approx(toy_judge.frechet(f[100:200], f[:100]), rel=1e-2)}
-    assert made.curve_floor == pytest.approx(toy_judge.frechet(f[100:200], f[200:]), rel=1e-2)
-    assert made(images[:100], label[:100])["fid"] == pytest.approx(0, abs=1e-4)
-
-
-def test_inception_that_cannot_be_had_is_one_line(monkeypatch):
-    monkeypatch.setattr("cleanfid.features.build_feature_extractor", fails)
-    with pytest.raises(ladd.UserError, match="--fid inception.*no network.*--fid judge"):
-        toy_judge.inception("cpu")
 
 
 # ---- the shipped weights
@@ -544,8 +524,8 @@ def toy(weights, tmp_path):
     """toy(**changes of the recipe) -> a ToyWorld whose cache is in tmp_path."""
 
     def make(weights=weights, dtype="float32", **changes):
-        options = {"judge_samples": 200, "fid": "judge", "gif": False, "data_root": None}
-        options |= {"weights": weights, "out": tmp_path, "dtype": dtype}
+        options = {"judge_samples": 200, "gif": False, "dtype": dtype}
+        options |= {"weights": weights, "out": tmp_path}
         recipe = dataclasses.replace(toy_world.TOY, **{**TINY, **changes})
         return toy_world.make_world(recipe, types.SimpleNamespace(**options), CPU)
 
@@ -803,7 +783,6 @@ BAD_JOB = {
     "--samples 1": ["samples"],
     "--taps enc.9": ["enc.9"],
     "--weights /nowhere": ["/nowhere/teacher.safetensors"],
-    "--fid eye": ["--fid", "eye"],
     "--sample --name absent": ["absent"],
 }
 

@@ -122,15 +122,15 @@ def features_of(net, x, device="cpu"):
     return torch.cat([net(part.to(device).clamp(-1, 1)).cpu() for part in x.split(500)])
 
 
-def real_features(extract, data):
-    """What samples are compared with: reference [10000,D], curve [2000,D], and the floor of each.
+def real_features(net, data):
+    """What samples are compared with: reference [10000,128], curve [2000,128], the floor of each.
 
     MNIST's first 10,000 digits are the reference, the next 10,000 measure the floors, one for each
-    count of images, and those after them are the curve's. extract(x) -> features.
+    count of images, and those after them are the curve's.
     """
     n = min(REFERENCE, len(data) // 3)
     index = torch.arange(min(2 * n + CURVE, len(data)))
-    f = torch.cat([extract(data.batch(k, PAINTED)[0]) for k in index.split(500)])
+    f = torch.cat([features_of(net, data.batch(k, PAINTED)[0]) for k in index.split(500)])
     second, stored = f[n : 2 * n], f.half().float()
     reference, curve = stored[:n], stored[2 * n :]
     floor = {k: frechet(second[:k], reference) for k in (*FLOOR_AT, n) if k <= n}
@@ -138,11 +138,9 @@ def real_features(extract, data):
 
 
 class Judge:
-    """judge(x [N,3,28,28], label [N]) -> {"fid", "kid", "accuracy", "hue_entropy"}
+    """judge(x [N,3,28,28], label [N]) -> {"fid", "kid", "accuracy", "hue_entropy"}"""
 
-    fid: whose features the distances are taken on, "judge" or clean-fid's "inception"."""
-
-    def __init__(self, weights=WEIGHTS, device="cpu", fid="judge", data_root=None):
+    def __init__(self, weights=WEIGHTS, device="cpu"):
         tensors, self.about = load_file(weights, "judge")
         figures = self.about["figures"]
         self.hue_entropy = figures["hue_entropy_real"]
@@ -151,14 +149,10 @@ class Judge:
         self.net.load_state_dict(tensors)
         self.net.to(device).eval().requires_grad_(False)
         self.device = device
-        self.inception = inception(device) if fid == "inception" else None
-        if self.inception:
-            measured = real_features(self.inception, ColorMNIST(*load_mnist(data_root)))
-        else:
-            tensors, _ = load_file(weights, "reference")
-            floor = {int(n): distance for n, distance in figures["floor"].items()}
-            measured = tensors["features"], tensors["curve"], floor, figures["curve_floor"]
-        self.reference, self.curve_reference, self.floor, self.curve_floor = measured
+        tensors, _ = load_file(weights, "reference")
+        self.reference, self.curve_reference = tensors["features"], tensors["curve"]
+        self.floor = {int(n): distance for n, distance in figures["floor"].items()}
+        self.curve_floor = figures["curve_floor"]
 
     def __call__(self, x, label, curve=False):
         """The figures of images x that should show `label`.
@@ -166,8 +160,6 @@ class Judge:
         curve: compared with real images that no report uses, and without KID."""
         f = features_of(self.net, x, self.device)
         digit, _ = self.net.heads(f.to(self.device))
-        if self.inception:
-            f = self.inception(x)
         reference = self.curve_reference if curve else self.reference
         figures = {"fid": frechet(f, reference)}
         if not curve:
@@ -180,31 +172,6 @@ class Judge:
         """(count, floor) for the largest measured count of images not above n, or the least one."""
         count = max((k for k in self.floor if k <= n), default=min(self.floor))
         return count, self.floor[count]
-
-
-def inception(device):
-    """clean-fid's Inception: images [B,3,28,28] in [-1,1] -> features [B,2048] on the CPU."""
-    from cleanfid.features import build_feature_extractor
-    from cleanfid.resize import build_resizer
-
-    resize = build_resizer("clean")
-    try:
-        model = build_feature_extractor("clean", device, use_dataparallel=False)
-    except (OSError, RuntimeError) as error:  # no network, a damaged file
-        reason = str(error).splitlines()[0][:120]
-        message = f"--fid inception: its weights can't be downloaded ({reason}); use --fid judge"
-        raise ladd.UserError(message) from error
-
-    @torch.no_grad()
-    def features(x):
-        parts = []
-        for part in x.cpu().split(100):
-            images = ((part.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-            large = torch.stack([torch.from_numpy(resize(image)) for image in images])
-            parts.append(model(large.permute(0, 3, 1, 2).to(device)).float().cpu())
-        return torch.cat(parts)
-
-    return features
 
 
 def train(data, epochs, seed, batch=200):
@@ -240,7 +207,7 @@ def main(argv):
     data = ColorMNIST(*load_mnist(args.data_root), seed=args.seed + 1000)
     test = ColorMNIST(*load_mnist(args.data_root, train=False), seed=args.seed + 1001)
     net = train(data, args.epochs, args.seed)
-    reference, curve, floor, curve_floor = real_features(lambda x: features_of(net, x), data)
+    reference, curve, floor, curve_floor = real_features(net, data)
     shown, _ = data.batch(torch.arange(len(reference)), PAINTED)
     x, label = test.batch(torch.arange(len(test)), PAINTED)
     digit, _ = net.heads(features_of(net, x))

@@ -29,7 +29,6 @@ def write(world, run, student):
     report = {
         "rows": rows,
         "floor": {"n": count, "fid": floor},
-        "features": world.options.fid,
         "judge_samples": n,
         "recipe": dataclasses.asdict(recipe),
         "diff": config["diff"],
@@ -85,12 +84,11 @@ def in_words(world, rows, report):
     students = [row for row in rows if row["name"].startswith("student")]
     ratios = [f"{row['name']} {row['fid'] / rows[0]['fid']:.2f}" for row in students]
     floor = report["floor"]
-    features = {"judge": "the toy's judge", "inception": "Inception"}[report["features"]]
     lines += [
         "",
         f"FID divided by that of {rows[0]['name']}: " + ", ".join(ratios) + ".",
-        f"FID and KID compare features of {features}, of {report['judge_samples']:,} images a row "
-        "and of 10,000 real ones.",
+        f"FID and KID compare features of the toy's judge, of {report['judge_samples']:,} images a "
+        "row and of 10,000 real ones.",
         f"{floor['n']:,} real images have FID {floor['fid']:.2f}, and real images have hue entropy "
         f"{world.judge.hue_entropy:.3f}.",
         f"The teacher is guided by {r.guidance:g} for {r.guidance_low:g} <= t <= "

@@ -63,11 +63,7 @@ def add_arguments(group):
     add(
         "--judge-samples", type=int, default=2000, help="images behind each row of the table (2000)"
     )
-    add(
-        "--fid", default="judge", choices=("judge", "inception"), help="whose features FID compares"
-    )
     add("--gif", action="store_true", help="make training.gif of the sample grids of the run")
-    add("--data-root", metavar="DIR", help="folder of MNIST/raw, for --fid inception")
     add("--weights", default=WEIGHTS, metavar="DIR", help="folder of teacher and judge")
 
 
@@ -121,7 +117,7 @@ class ToyWorld(ladd.World):
         dtype = getattr(torch, options.dtype)
         teacher, self.about = load_teacher(options.weights, self.device, dtype)
         super().__init__(teacher, recipe)
-        self.judge = Judge(options.weights, self.device, options.fid, options.data_root)
+        self.judge = Judge(options.weights, self.device)
 
     def features(self, x_t, t, cond):
         velocity = self.teacher
