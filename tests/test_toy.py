@@ -5,7 +5,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import struct
@@ -742,7 +741,7 @@ def test_the_report_has_every_row_with_its_cost_and_the_command(job):
     for text in (printed, (run / "report.md").read_text()):
         for name in ("student@4", "DPM-Solver++@4", "NFE", "samples = 20 (not 3000)"):
             assert name in text
-    assert re.search(r"expected here: .* min", printed) and str(run / "report.png") in printed
+    assert str(run / "report.png") in printed
 
 
 def test_the_gif_shows_the_grids_of_the_run(job):

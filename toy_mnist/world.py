@@ -151,7 +151,6 @@ class ToyWorld(ladd.World):
     @functools.cached_property
     def samples(self):
         """What the student learns from: made, or read from the cache, at the first batch."""
-        self.print_budget()
         return self.teacher_samples("samples", self.recipe.samples)
 
     def draw_noise(self, n, *key):
@@ -203,31 +202,6 @@ class ToyWorld(ladd.World):
             images.append(sampler(counted, z, y, index).clamp(-1, 1).cpu())
         ms = (time.time() - began) / len(noise) * 1e3
         return torch.cat(images), {"nfe": counted.images / len(noise), "ms_per_image": ms}
-
-    def print_budget(self):
-        """Time one pass of the network; print how long each stage should take on this machine."""
-        r, judged = self.recipe, self.options.judge_samples
-        noise, label = (v.to(self.device) for v in self.draw_noise(64, 0, "budget"))
-        seconds = []
-        for _ in range(4):
-            began = time.time()
-            with torch.no_grad():
-                self.teacher(noise, torch.full_like(label, 0.5, dtype=torch.float32), label).cpu()
-            seconds.append((time.time() - began) / len(noise))
-
-        times = time_grid(r.teacher_steps)
-        guided = [r.guidance != 1 and r.guidance_low <= t <= r.guidance_high for t in times]
-        cached = PART * len(list(self.cache_path("samples").glob("*.safetensors")))
-        made = max(0, r.samples - cached) + max(0, judged - r.samples)
-        # Passes per sample of an iteration, the heads included, as measured.
-        stages = {
-            "the teacher's samples": made * (len(times) + sum(guided)),
-            "distillation": r.iterations * r.batch * (6 + 12 / r.gen_every),
-            "judging": judged * 40,
-        }
-        minutes = {k: v * min(seconds) / 60 for k, v in stages.items()}
-        words = ", ".join(f"{k} {v:.1f} min" for k, v in minutes.items())
-        ladd.print0(f"expected here: {words}; together about {sum(minutes.values()):.0f} min")
 
     # ---- the student's samples
 
