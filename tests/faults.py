@@ -101,14 +101,6 @@ FAULTS = [
     ),
     Fault(
         2,
-        "a part of the toy's cache that can't be read becomes noise",
-        "toy_mnist/world.py",
-        "        return None\n    return tensors",
-        '        return torch.randn(n, *SHAPE), {"nfe": 1, "ms_per_image": 1}\n    return tensors',
-        "test_toy.py::test_a_kill_loses_one_part_and_damaged_parts_are_made_anew",
-    ),
-    Fault(
-        2,
         "latents of pure noise are not looked at",
         "zimage/world.py",
         'check(not noise, "--data: its',
