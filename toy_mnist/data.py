@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import torch
+from matplotlib.colors import rgb_to_hsv
 from torchvision.datasets import MNIST
 
 import ladd
@@ -15,29 +16,18 @@ def hue_to_rgb(hue):
     return ((k - 3).abs() - 1).clamp(0, 1)
 
 
-def rgb_to_hue(rgb):
-    """The hue in [0, 1) of colours [..., 3]; 0 for greys."""
-    r, g, b = rgb.unbind(-1)
-    high = rgb.amax(-1)
-    span = high - rgb.amin(-1)
-    safe = span.clamp(min=1e-8)
-    hue = torch.where(high == g, (b - r) / safe + 2, (r - g) / safe + 4)
-    hue = torch.where(high == r, (g - b) / safe % 6, hue) / 6
-    return torch.where(span < 1e-6, torch.zeros_like(hue), hue % 1)
-
-
 def colour(grey, hue):
     """Grey digits [B, 28, 28] in [0, 1], painted in hue [B] on black: [B, 3, 28, 28] in [-1, 1]."""
     return grey[:, None] * hue_to_rgb(hue)[:, :, None, None] * 2 - 1
 
 
 def image_hue(x):
-    """The hue [B] of images [B, 3, 28, 28] in [-1, 1]: that of their mean colour."""
+    """The hue [B] of images [B, 3, 28, 28] in [-1, 1]: that of their mean colour.
+
+    A pixel weighs as much as it is bright: the black ground counts for nothing."""
     v = (x.clamp(-1, 1) + 1) / 2
-    brightness = v.amax(
-        1, keepdim=True
-    )  # the weight of a pixel: the black ground counts for nothing
-    return rgb_to_hue((v * brightness).sum((2, 3)))
+    mean = (v * v.amax(1, keepdim=True)).mean((2, 3))  # [B, 3]
+    return torch.from_numpy(rgb_to_hsv(mean.numpy())[:, 0])
 
 
 def load_mnist(root=None, train=True):
