@@ -538,7 +538,7 @@ def test_recipes_have_the_papers_numbers_and_refuse_nonsense():
     regression = ["distill_weight", "paired_share"]
     assert not any(getattr(paper, name) for name in terms + regression) and paper.adv_weight == 1
     assert not any(getattr(game, name) for name in regression) and game.loss == "hinge"
-    for name, value in (("samples", 1), ("teacher_steps", 0), ("guidance_low", 0.9)):
+    for name, value in (("samples", 1), ("teacher_steps", 0)):
         with pytest.raises(ladd.UserError, match=name):
             dataclasses.replace(toy, **{name: value})
 
@@ -773,7 +773,6 @@ def test_sample_draws_a_grid_of_the_finished_run(job, weights, toy, tmp_path, ca
 
 BAD_JOB = {
     "--judge-samples 10": ["--judge-samples", "200"],
-    "--guidance-low 0.9 --guidance-high 0.1": ["guidance_low", "guidance_high"],
     "--samples 1": ["samples"],
     "--taps enc.9": ["enc.9"],
     "--weights /nowhere": ["/nowhere/teacher.safetensors"],
