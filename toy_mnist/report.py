@@ -1,4 +1,4 @@
-"""What a toy run leaves at its end: a table, report.json, report.md and report.png.
+"""What a toy run leaves at its end: a table, report.json and report.png.
 
 python -m toy_mnist.report runs/ONE runs/OTHER --picture FILE      draw runs beneath each other
 """
@@ -17,32 +17,22 @@ import ladd
 from toy_mnist.edm import sample_dpm
 from toy_mnist.judge import Judge
 
-COLUMNS = ("NFE", "FID", "KID", "accuracy", "hue entropy", "ms/image")
+HEADING = """| | NFE | FID | KID | accuracy | hue entropy | ms/image |
+|---|---|---|---|---|---|---|"""
+ROW = "| {name} | {nfe:g} | {fid:.2f} | {kid:.4f} | {accuracy:.3f} | {hue_entropy:.3f} | "
+ROW += "{ms_per_image:.2f} |"
 
 
 def write(world, run, student):
-    """Judge teacher and student, print the table, write the three files into the run's folder."""
-    recipe, n = world.recipe, world.options.judge_samples
-    config = json.loads((run / "config.json").read_text())
-    rows = judged_rows(world, student)
-    count, floor = world.judge.floor_at(n)
-    report = {
-        "rows": rows,
-        "floor": {"n": count, "fid": floor},
-        "judge_samples": n,
-        "recipe": dataclasses.asdict(recipe),
-        "diff": config["diff"],
-        "command": config["command"],
-        "torch": torch.__version__,
-    }
+    """Judge teacher and student, print the table, write both files into the run's folder."""
+    rows, n = judged_rows(world, student), world.options.judge_samples
+    report = {"rows": rows, "judge_samples": n, "floor": world.judge.floor_at(n)[1]}
+    report |= json.loads((run / "config.json").read_text())
     ladd.write_json(run / "report.json", report)
-    words = in_words(world, rows, report)
-    text = f"# {run.name}\n\n{words}\n\n    {config['command']}\n\n![report](report.png)\n"
-    (run / "report.md").write_text(text)
     draw(world, run, student, rows)
     if world.options.gif:
         draw_gif(run)
-    print(f"\n{words}\n\nsee {run / 'report.png'}")
+    print(f"\n{in_words(world, rows)}\n\nsee {run / 'report.png'}")
 
 
 def judged_rows(world, student):
@@ -72,31 +62,23 @@ def judged_rows(world, student):
     return rows
 
 
-def in_words(world, rows, report):
+def in_words(world, rows):
     """The table in Markdown, and what is to be known of it."""
-    r = world.recipe
-    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for row in rows:
-        figures = [f"{row['nfe']:g}", f"{row['fid']:.2f}", f"{row['kid']:.4f}"]
-        figures += [f"{row['accuracy']:.3f}", f"{row['hue_entropy']:.3f}"]
-        figures += [f"{row['ms_per_image']:.2f}"]
-        lines.append(f"| {row['name']} | " + " | ".join(figures) + " |")
+    r, n = world.recipe, world.options.judge_samples
+    count, floor = world.judge.floor_at(n)
     students = [row for row in rows if row["name"].startswith("student")]
     ratios = [f"{row['name']} {row['fid'] / rows[0]['fid']:.2f}" for row in students]
-    floor = report["floor"]
-    lines += [
+    lines = [
+        HEADING,
+        *(ROW.format(**row) for row in rows),
         "",
         f"FID divided by that of {rows[0]['name']}: " + ", ".join(ratios) + ".",
-        f"FID and KID compare features of the toy's judge, of {report['judge_samples']:,} images a "
-        "row and of 10,000 real ones.",
-        f"{floor['n']:,} real images have FID {floor['fid']:.2f}, and real images have hue entropy "
-        f"{world.judge.hue_entropy:.3f}.",
+        "FID and KID compare features of the toy's judge.",
+        f"A row has {n:,} images; they are compared with 10,000 real ones.",
+        f"{count:,} real ones: FID {floor:.2f}, hue entropy {world.judge.hue_entropy:.3f}.",
         f"The teacher is guided by {r.guidance:g} for {r.guidance_low:g} <= t <= "
         f"{r.guidance_high:g}. The student is not.",
     ]
-    if report["diff"]:
-        changes = [f"{k} = {new} (not {old})" for k, (old, new) in report["diff"].items()]
-        lines.append("The recipe departs from the reference: " + ", ".join(changes) + ".")
     return "\n".join(lines)
 
 
