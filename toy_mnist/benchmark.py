@@ -8,7 +8,6 @@ Start the same command several times to have as many runs at once. Fields of the
 --batch, set the budget, which holds where a setting does not say. Budgets are never mixed.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -93,7 +92,6 @@ def run_one(setting, seed, options):
 def parse(argv):
     known = [*settings.GROUPS, *settings.SETTINGS]
     parser = ladd.Parser("python -m toy_mnist.benchmark", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--report", action="store_true", help="draw tables and picture from the results")
     add("--only", nargs="+", metavar="NAME", default=known, choices=known, help="settings, groups")

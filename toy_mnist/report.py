@@ -120,10 +120,9 @@ def draw_gif(run):
     """training.gif: the grids of the run's evaluations, 4, 2 and 1 steps from the same noise."""
     grids = [Image.open(path) for path in sorted((run / "samples").glob("*.png"))]
     pause = [500] * (len(grids) - 1) + [2000]  # ms
-    for first in grids[:1]:  # a short run may have none
-        first.save(
-            run / "training.gif", save_all=True, append_images=grids[1:], duration=pause, loop=0
-        )
+    if grids:  # a short run has none
+        movie = {"save_all": True, "append_images": grids[1:], "duration": pause, "loop": 0}
+        grids[0].save(run / "training.gif", **movie)
 
 
 def curves(judge, recipe, steps):

@@ -51,9 +51,7 @@ OPTIONS = ladd.Options()
 
 def add_arguments(group):
     add = group.add_argument
-    add(
-        "--judge-samples", type=int, default=2000, help="images behind each row of the table (2000)"
-    )
+    add("--judge-samples", type=int, default=2000, help="images behind a row of the table (2000)")
     add("--gif", action="store_true", help="make training.gif of the sample grids of the run")
     add("--weights", default=WEIGHTS, metavar="DIR", help="folder of teacher and judge")
 
