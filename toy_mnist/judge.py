@@ -32,7 +32,7 @@ PAINTED = -2  # the epoch that paints them, unlike any of the training
 
 def sum_line(path):
     """The file's line in sha256.txt, as sha256sum writes it."""
-    return f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}"
+    return f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
 
 
 def load_file(folder, name):
@@ -42,20 +42,18 @@ def load_file(folder, name):
     path = Path(folder) / f"{name}.safetensors"
     sums = path.with_name("sha256.txt")
     if sums.exists():
-        same = path.exists() and sum_line(path) in sums.read_text().splitlines()
+        same = path.exists() and sum_line(path) in sums.read_text()
         ladd.check(same, f"{path}: not the file that {sums.name} tells of; restore both")
     tensors, about = ladd.load_weights(path, f"toy {name}")
     return tensors, {**about, "sha256": hashlib.sha256(save(tensors)).hexdigest()}
 
 
 def save_file(folder, name, tensors, about):
-    """Write folder/name.safetensors, and its line in the folder's sha256.txt."""
+    """Write folder/name.safetensors, and the folder's sha256.txt anew."""
     folder = Path(folder).expanduser()
-    path, sums = folder / f"{name}.safetensors", folder / "sha256.txt"
-    ladd.save_weights(path, tensors, {"kind": f"toy {name}", **about})
-    lines = sums.read_text().splitlines() if sums.exists() else []
-    others = [line for line in lines if not line.endswith(f"  {path.name}")]
-    sums.write_text("\n".join([*others, sum_line(path), ""]))
+    ladd.save_weights(folder / f"{name}.safetensors", tensors, {"kind": f"toy {name}", **about})
+    files = sorted(folder.glob("*.safetensors"))
+    (folder / "sha256.txt").write_text("".join(map(sum_line, files)))
 
 
 def conv(c_in, c_out, stride):
