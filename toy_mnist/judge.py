@@ -220,7 +220,7 @@ def main(argv):
         "command": f"python -m toy_mnist.judge --epochs {args.epochs} --seed {args.seed}",
         "data": f"MNIST train, uniform hue; reference: its first {len(reference):,} images; "
         f"floor: as many after them; curve: the {len(curve):,} after those",
-        "versions": {"torch": torch.__version__},
+        "torch": torch.__version__,
         "figures": figures,
     }
     save_file(args.out, "judge", net.state_dict(), {"config": net.config, **about})
