@@ -824,12 +824,9 @@ def train(world, recipe, run, options=None, losses=None):
         on_rank0(lambda: claim(run, config, options.resume, stack))
         part = recipe.batch / world_size()
         size = options.micro_batch or part
-        way_out = "give a multiple of the ranks, at least two samples for each"
-        check(part % 1 == 0 and part >= 2, f"batch = {recipe.batch}: {way_out}")
-        ok = part % size == 0 and size >= 2
-        check(ok, f"--micro-batch {size:g}: give 2 or more that divide batch / ranks = {part:g}")
-        odd = recipe.misaligned_weight and size % 2
-        check(not odd, f"micro-batches of {size:g}: misaligned pairs need an even number")
+        check(part % 2 == 0, f"batch = {recipe.batch}: give each rank an even number of samples")
+        ok = part % size == 0 and size % 2 == 0  # misaligned pairs are neighbours
+        check(ok, f"--micro-batch {size:g}: give an even part of batch / ranks = {part:g}")
         device = next(world.teacher.parameters()).device
         state = State(world, recipe, device, getattr(torch, options.dtype))
         on_rank0(lambda: write_json(run / "config.json", config))

@@ -814,7 +814,7 @@ BAD = {
     "a head's width": ("--head-width=0", "head_width = 0"),
     "an unknown tap": ("--taps=first,fourth", "fourth"),
     "no sample": ("--batch=0", "batch = 0"),
-    "one sample": ("--batch=1", "at least two samples"),
+    "one sample": ("--batch=1", "batch = 1: give each rank an even number"),
     "no divisor": ("--micro-batch=5", "--micro-batch 5"),
     "a negative part": ("--micro-batch=-4", "micro_batch = -4"),
     "no checkpoint": ("--keep=0", "keep = 0"),
@@ -842,7 +842,7 @@ def test_bad_input_is_one_line_and_no_run(tmp_path, capsys, word, words, named):
 def test_a_batch_that_the_ranks_do_not_share_is_refused(tmp_path, monkeypatch, size, batch):
     monkeypatch.setattr(ladd, "world_size", lambda: size)
     monkeypatch.setattr(ladd, "on_rank0", lambda make: make())
-    with pytest.raises(ladd.UserError, match=f"batch = {batch}.*multiple of the ranks"):
+    with pytest.raises(ladd.UserError, match=f"batch = {batch}: give each rank an even"):
         train(tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
