@@ -65,15 +65,13 @@ def conv(c_in, c_out, stride):
 class JudgeNet(nn.Module):
     """x [B,3,28,28] in [-1,1] -> features [B,128]"""
 
-    def __init__(self, width=32, features=128):
+    def __init__(self):
         super().__init__()
-        self.config = {"width": width, "features": features}
-        w = width
-        stages = conv(3, w, 2), conv(w, 2 * w, 1), conv(2 * w, 2 * w, 2), conv(2 * w, 3 * w, 2)
-        self.body = nn.Sequential(*stages)  # -> [B, 3 w, 4, 4]
-        self.features = nn.Linear(3 * w * 16, features)
-        self.digit = nn.Linear(features, 10)
-        self.hue = nn.Linear(features, 2)
+        stages = conv(3, 32, 2), conv(32, 64, 1), conv(64, 64, 2), conv(64, 96, 2)
+        self.body = nn.Sequential(*stages)  # -> [B, 96, 4, 4]
+        self.features = nn.Linear(96 * 16, 128)
+        self.digit = nn.Linear(128, 10)
+        self.hue = nn.Linear(128, 2)
 
     def forward(self, x):
         return self.features(self.body(x).flatten(1))
@@ -143,7 +141,7 @@ class Judge:
         figures = self.about["figures"]
         self.hue_entropy = figures["hue_entropy_real"]
         self.class_share = figures["class_share"]
-        self.net = JudgeNet(**self.about["config"])
+        self.net = JudgeNet()
         self.net.load_state_dict(tensors)
         self.net.to(device).eval().requires_grad_(False)
         self.device = device
@@ -223,7 +221,7 @@ def main(argv):
         "torch": torch.__version__,
         "figures": figures,
     }
-    save_file(args.out, "judge", net.state_dict(), {"config": net.config, **about})
+    save_file(args.out, "judge", net.state_dict(), about)
     features = {"features": reference.half(), "curve": curve.half()}
     save_file(args.out, "reference", features, about)
     print(figures)
