@@ -467,6 +467,7 @@ def guess(student, world, b, grad):
         return x0_hat, world.features(interpolate(x0_hat, b.eps_hat, b.t_hat), b.t_hat, b.cond)
 
 
+@torch.no_grad()
 def student_input(student, recipe, b):
     """The student's input x_t [B, ...]: the noised x0, or where its own steps arrive at t.
 
@@ -475,18 +476,9 @@ def student_input(student, recipe, b):
     """
     if not recipe.backward_simulation:
         return interpolate(b.x0, b.eps, b.t)
-    steps = itertools.pairwise(recipe.times)
-    return own_steps(student, b, b.eps, steps, lambda t: b.t < t)
-
-
-@torch.no_grad()
-def own_steps(student, b, x, steps, takes):
-    """Where the student's Euler steps lead from x [B, ...], without gradient.
-
-    steps: pairs of a time and the next. takes(t): a mask [B] of the samples that take the step.
-    """
-    for t, t_next in steps:
-        mask = takes(t)
+    x = b.eps
+    for t, t_next in itertools.pairwise(recipe.times):
+        mask = b.t < t
         rows = rows_of(mask)
         v = student(x[rows], torch.full_like(b.t[rows], t), b.cond[rows])
         moved = x.index_copy(0, rows, x[rows] + (t_next - t) * v)
@@ -568,9 +560,10 @@ def distillation_loss(student, recipe, b, x0_hat):
     target = b.x0
     if recipe.distill_own:
         fresh = ~b.paired & (b.t == 1)
-        steps = zip(recipe.times, [*recipe.times[1:], 0.0], strict=True)
-        own = own_steps(student, b, b.x_t, steps, lambda t: fresh)
-        target, known = torch.where(expand(fresh, own), own, b.x0), known | fresh
+        rows = rows_of(fresh)
+        own = sample_euler(student, b.x_t[rows], recipe.times, b.cond[rows])
+        target = torch.where(expand(fresh, target), target.index_copy(0, rows, own), target)
+        known = known | fresh
     error = (x0_hat - target).square().flatten(1).mean(1) / b.t**recipe.distill_power  # [B]
     return (error * known).mean()
 

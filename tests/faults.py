@@ -685,8 +685,8 @@ FAULTS = [
         0,
         "a step of backward simulation too few",
         "ladd.py",
-        "lambda t: b.t < t)\n",
-        "lambda t: b.t + 0.2 < t)\n",
+        "mask = b.t < t\n",
+        "mask = b.t + 0.2 < t\n",
         "test_method.py::test_the_iteration_against_an_independent_one",
     ),
     Fault(
@@ -878,8 +878,8 @@ FAULTS = [
         0,
         "the student's own end is one step short",
         "ladd.py",
-        "[*recipe.times[1:], 0.0], strict=True)\n        own",
-        "[*recipe.times[1:], 0.1], strict=True)\n        own",
+        "b.x_t[rows], recipe.times, b.cond[rows])",
+        "b.x_t[rows], recipe.times[:-1], b.cond[rows])",
         "test_method.py::test_the_iteration_against_an_independent_one",
     ),
 ]

@@ -111,7 +111,7 @@ def shares(recipe, n, parts, student_turn):
     probs = dict(zip(recipe.times, recipe.time_probs, strict=True))
     before = [sum(probs[t] for t in probs if t < start) for start in recipe.times[:-1]]
     steps = before * recipe.backward_simulation * parts
-    own = [(1 - recipe.paired_share) * recipe.time_probs[0]] * len(recipe.times)
+    own = [(1 - recipe.paired_share) * recipe.time_probs[0]]  # of all steps to its target
     own = own * bool(recipe.distill_weight and recipe.distill_own)
     anchor = before[:1] * bool(recipe.anchor_weight)
     return [p + (1 - p) ** n / n for p in steps + (own + anchor) * parts * student_turn]
