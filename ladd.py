@@ -239,8 +239,7 @@ class Heads(nn.Module):
 
 def autocast(device, dtype):
     """bfloat16 where dtype says so. No weight cache: after a step it would be stale."""
-    kind = torch.device(device).type
-    return torch.autocast(kind, torch.bfloat16, dtype == torch.bfloat16, cache_enabled=False)
+    return torch.autocast(device.type, torch.bfloat16, dtype == torch.bfloat16, cache_enabled=False)
 
 
 # ---- 5. Losses -----------------------------------------------------------------------------------
