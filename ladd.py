@@ -130,10 +130,7 @@ def step_times(times, n):
 
 
 def sample_student(velocity, recipe, noise, cond, steps, index=None):
-    """Sample a student in `steps` steps of its recipe's sampler. noise [B, ...] -> x0 [B, ...].
-
-    index: B integers; sample k's fresh noise is keyed by index[k] (default 0 .. B - 1).
-    """
+    """noise [B, ...] -> x0 [B, ...] in so many steps. index [B] keys the sampler's fresh noise."""
     index = range(len(noise)) if index is None else index
 
     def renoise(k):
@@ -153,9 +150,8 @@ class LastTap(Exception):
 def tapped(root, names, forward, early_exit=True):
     """Run forward() and return the outputs of root's modules `names`, in that order.
 
-    Hooks only store outputs. Activation checkpointing may run a module twice: its first output is
-    kept. With early_exit the pass ends at the last tap. Hooks are removed whatever happens.
-    UserError names a module that does not exist or does not run.
+    Activation checkpointing may run a module twice: its first output is kept. With early_exit the
+    pass ends at the last tap. UserError names a module that does not exist or does not run.
     """
     modules, outputs = dict(root.named_modules()), {}
     check(names, "taps = (): name the modules of the teacher that the heads read")
@@ -486,10 +482,7 @@ def student_input(student, recipe, b):
 
 
 def rows_of(mask):
-    """The indices where mask [B] is true; if there are none, [0], a dummy.
-
-    So every rank calls the network, which FSDP needs. What comes of the dummy is not used.
-    """
+    """The indices where mask [B] is true; if there are none, [0]: FSDP needs a call anyway."""
     return mask.nonzero()[:, 0] if mask.any() else mask.new_zeros(1, dtype=torch.long)
 
 
@@ -532,10 +525,7 @@ def misaligned_loss(state, world, recipe, b, real_logits):
 
 
 def student_loss(state, world, recipe, b, fake, x0_hat):
-    """The loss of the student, and metrics. The heads are frozen meanwhile.
-
-    fake: maps [B, C, H, W] per tap, with gradient to the guess x0_hat [B, ...].
-    """
+    """Loss of the student, and metrics. fake: maps [B, C, H, W], with gradient to x0_hat."""
     logits = state.heads(fake, b.t_hat, world.head_cond(b.cond), b.t)
     metrics = {"student_loss": mean_over_heads(LOSSES[recipe.loss][1], b.real_logits, logits)}
     loss = recipe.adv_weight * metrics["student_loss"]
@@ -612,10 +602,7 @@ def learning_rate(recipe, i, student):
 
 
 def clip_and_step(state, recipe, i, name):
-    """Clip the gradients of the "heads" or the "student", and step. Returns their norm.
-
-    A gradient that is not finite, on any rank, leaves the step out.
-    """
+    """Clip and step the "heads" or the "student", if finite on all ranks. Returns the norm."""
     model, opt = getattr(state, name), getattr(state, f"{name}_opt")
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     mean_over_ranks_([g for g in grads if not hasattr(g, "full_tensor")])  # FSDP's are averaged
