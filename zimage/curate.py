@@ -8,8 +8,6 @@ and why. The same command writes the same files.
 """
 
 import csv
-import io
-import json
 import math
 import random
 import re
@@ -21,10 +19,10 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import ladd
-from ladd import UserError, check
+from ladd import check
+from zimage import data
 
 GRAMMAR = Path(__file__).parent / "prompts" / "grammar.toml"
-COLUMNS = "prompt", "caption", "text"  # the first of these that a table has
 LIMIT = 512 - 16  # tokens that the text encoder reads, less those of the chat template
 NO_TEXT = "Cc", "Cs", "Co", "Cn"  # control, halves of characters, private, unassigned
 ALIKE = 0.7  # share of `features` in common from which two prompts are one
@@ -127,42 +125,10 @@ def clean(texts):
     return kept, dropped
 
 
-def read(path):
-    """The prompts of a file: [(place, text, or None where there is none)]. UserError where it can't
-    be read."""
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from error
-    kind = Path(path).suffix.lower()
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if kind in (".csv", ".tsv"):
-        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=",\t"[kind == ".tsv"])
-        column = next((c for c in COLUMNS if c in (rows.fieldnames or [])), None)
-        check(column, f"{path}: its first line names no column {' or '.join(COLUMNS)}")
-        lines = [(rows.line_num, row[column]) for row in rows]
-    elif kind == ".jsonl":
-        lines = [(number, from_json(line)) for number, line in lines]
-    else:
-        check(kind == ".txt", f"{path}: give a .txt, .jsonl, .csv or .tsv file")
-    return [(f"{path}:{number}", text) for number, text in lines]
-
-
-def from_json(line):
-    """The prompt of an object, or None."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    texts = [row.get(c) for c in COLUMNS] if isinstance(row, dict) else []
-    return next((text for text in texts if isinstance(text, str)), None)
-
-
 def main(argv=None):
     parser = ladd.Parser("python -m zimage.curate", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("files", nargs="*", metavar="FILE", help=f".txt; .jsonl, .csv or .tsv with {COLUMNS[0]}")
+    add("files", nargs="*", metavar="FILE", help=f"ending in {', '.join(data.ENDINGS)}")
     add("--write", type=int, default=0, metavar="N", help="write so many prompts, from no file")
     add("--held-out", type=int, default=1000, metavar="N", help="and so many held-out ones (1000)")
     add("--seed", type=int, default=0, help="of --write (0)")
@@ -177,7 +143,8 @@ def main(argv=None):
         train, held_out = write(options.write, options.held_out, options.seed)
         save(out, train)
         return save(beside, held_out)
-    kept, dropped = clean([each for path in options.files for each in read(path)])
+    texts = [(f"{path}:{n}", text) for path in options.files for n, text in data.read_texts(path)]
+    kept, dropped = clean(texts)
     check(kept, f"{options.files[0]}: no prompt is left of {len(dropped)}: {dropped[:1]}")
     save(out, [text for _, text in kept])
     report = out.with_suffix(".dropped.tsv")

@@ -22,67 +22,59 @@ from ladd import UserError, check
 from zimage import adapter
 
 KIND, SHARD_KIND = "zimage data 2", "zimage shard 2"
+ENDINGS = ".txt", ".jsonl", ".csv", ".tsv"  # of files of prompts
+NAMES = "prompt", "caption", "text"  # of a prompt in a table or an object; the first one counts
+
+
+def read_texts(path):
+    """What a file in UTF-8 holds as prompts: [(line, text, or None where there is none)].
+
+    .txt: a prompt per line; .jsonl: an object per line; .csv, .tsv: a table, whose prompts with
+    commas stand in quotes. Blank lines are skipped. UserError where the file can't be read.
+    """
+    kind = Path(path).suffix.lower()
+    check(kind in ENDINGS, f"{path}: give a file that ends in {' or '.join(ENDINGS)}")
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from error
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if kind == ".txt":
+        return lines
+    if kind == ".jsonl":
+        return [(number, from_json(line)) for number, line in lines]
+    delimiter = "\t" if kind == ".tsv" else ","
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        return [(rows.line_num, from_row(row)) for row in rows]
+    except csv.Error as error:
+        raise UserError(f"{path}, line {rows.reader.line_num}: {error}; mend it") from error
+
+
+def from_row(row):
+    """The prompt of a table's row or a JSON object; None where there is none."""
+    # In a table's row, None holds what lies beyond the last column: after a comma without quotes.
+    texts = [row.get(name) for name in NAMES] if isinstance(row, dict) and None not in row else []
+    return next((text for text in texts if isinstance(text, str)), None)
+
+
+def from_json(line):
+    with contextlib.suppress(ValueError):
+        return from_row(json.loads(line))
 
 
 def read_prompts(path):
-    """The prompts of a file in UTF-8, in one of FORMATS. Blank lines are skipped. UserError names
-    file and line of what is wrong."""
-    return [prompt for _, prompt in numbered_prompts(path)]
-
-
-def numbered_prompts(path):
-    """`read_prompts` with the line at which each prompt ends: [(line, prompt)]."""
-    path = Path(path)
-    kind = path.suffix.lower()
-    known = "; ".join(f"{ending}: {what}" for ending, (what, _) in FORMATS.items())
-    check(kind in FORMATS, f"--prompts {path}: unknown ending {kind!r}; give one of {known}")
-    what, read = FORMATS[kind]
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"--prompts {path}, line {line}: not UTF-8; save it so") from error
+    """The prompts of a file, as `read_texts` reads it; UserError names the line that has none."""
     prompts = []
-    for line, prompt in read(text):
-        place = f"--prompts {path}, line {line}"
-        ok = isinstance(prompt, str) and prompt.strip()
-        check(ok, f"{place}: no prompt; a {kind} holds {what}")
+    for line, text in read_texts(path):
+        check(text and text.strip(), f"{path}, line {line}: no prompt")
         # UTF-16 without a mark is UTF-8 full of NULs, and JSON can spell half a character.
-        ok = not any(c == "\0" or "\ud800" <= c <= "\udfff" for c in prompt)
-        check(ok, f"{place}: holds characters that are no text; save the file as UTF-8")
-        prompts.append((line, prompt.strip()))
-    check(prompts, f"--prompts {path}: empty; a {kind} holds {what}")
+        ok = not any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text)
+        check(ok, f"{path}, line {line}: holds characters that are no text; save it as UTF-8")
+        prompts.append(text.strip())
+    check(prompts, f"{path}: holds no prompt")
     return prompts
-
-
-def txt_lines(text):
-    lines = enumerate(text.split("\n"), 1)
-    return [(number, line) for number, line in lines if line.strip()]
-
-
-def jsonl_lines(text):
-    for number, line in txt_lines(text):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        yield number, row.get("prompt") if isinstance(row, dict) else None
-
-
-def csv_lines(text):
-    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for row in rows:  # None holds what lies beyond the last column: an unquoted comma
-            yield rows.line_num, None if None in row else row.get("prompt")
-    except csv.Error:
-        yield rows.reader.line_num, None
-
-
-FORMATS = {
-    ".txt": ("one prompt per line", txt_lines),
-    ".jsonl": ('one object with a "prompt" per line', jsonl_lines),
-    ".csv": ('a column "prompt", and prompts with commas in quotes', csv_lines),
-}
 
 
 def plan_shards(lengths, sizes, shard_size):

@@ -32,7 +32,7 @@ def parse_options(argv):
     made = ladd.Parser("python -m zimage.precompute", description=__doc__)
     add = made.add_argument
     add("--model", required=True, metavar="ID_OR_DIR", help="folder or hub name of the teacher")
-    add("--prompts", required=True, metavar="FILE", help=f"one of {', '.join(data.FORMATS)}")
+    add("--prompts", required=True, metavar="FILE", help=f"one of {', '.join(data.ENDINGS)}")
     add("--out", metavar="DIR", type=Path, help="folder of the result; needed but for --plan")
     text = "pixels: 512, or 640x384 (width x height); several, with commas, take turns (512)"
     add("--resolution", type=adapter.parse_sizes, default="512", metavar="SIZES", help=text)
@@ -152,15 +152,13 @@ def gigabytes(shards, vectors):
 
 def make_manifest(options, argv, folder, clip):
     """What the data is made of and the plan of its shards, as a dict; and the prompts."""
-    numbered = data.numbered_prompts(options.prompts)
-    prompts = [prompt for _, prompt in numbered]
+    prompts = data.read_prompts(options.prompts)
     parts = {"transformer": None, "text_encoder": None, "vae": None}
     pipe = adapter.load_pipeline(folder, None, "cpu", **parts)
     lengths = count_tokens(pipe.tokenizer, prompts)
-    for (line, _), n in zip(numbered, lengths, strict=True):
+    for prompt, n in zip(prompts, lengths, strict=True):
         why = f"{n} tokens with the chat template, but the model reads {adapter.MAX_TOKENS}"
-        place = f"--prompts {options.prompts}, line {line}"
-        check(n <= adapter.MAX_TOKENS, f"{place}: {why}; shorten it")
+        check(n <= adapter.MAX_TOKENS, f"--prompts: {prompt[:40]!r} ...: {why}; shorten it")
     config = ZImageTransformer2DModel.load_config(folder, subfolder="transformer")
     settings = ("steps", "guidance", "seed", "shard_size", "dtype", "clip")
     made_of = {
