@@ -22,7 +22,7 @@ import tiny_zimage
 from test_zimage_data import kid_by_hand
 
 import ladd
-from zimage import adapter, export, fsdp, lora, plan, precompute, sample, sampling
+from zimage import adapter, export, fsdp, lora, plan, precompute, sample
 from zimage import world as zworld
 from zimage.adapter import Prompts, ZImageVelocity
 
@@ -733,7 +733,7 @@ def test_stock_pipeline_samples_the_export_as_ladd_samples_the_student(place, n,
 
 def test_renoise_export_adds_fresh_noise_between_the_steps(place, tmp_path):
     run = changed_run(place, tmp_path, sampler="renoise")
-    export.export(sampling.open_run(run), tmp_path / "out", "float32")
+    export.export(sample.open_run(run), tmp_path / "out", "float32")
     pipe, z = stock(tmp_path / "out"), adapter.noise_for(0, 0, 4, 4)[None]
     settings = {"latents": z, "output_type": "latent", "height": 32, "width": 32}
     torch.manual_seed(3)
@@ -759,7 +759,7 @@ def test_the_card_and_the_scheduler(place, tmp_path):
     assert config.shift == 1 and not config.stochastic_sampling
     assert stock(place.base).scheduler.config.shift == 6
 
-    run = sampling.open_run(changed_run(place, tmp_path))
+    run = sample.open_run(changed_run(place, tmp_path))
     (run.folder / "report.md").write_text("| student@4 | 0.0125 |")
     card = export.model_card(dataclasses.replace(run, model="some/model"), "x", "bfloat16")
     assert "base_model: some/model" in card and "| student@4 | 0.0125 |" in card
@@ -826,7 +826,7 @@ def test_a_run_that_cannot_be_exported_is_refused(place, tmp_path, capsys):
         (lambda: weights(run, "student").unlink(), "student: can't be loaded"),
         (lambda: shutil.rmtree(run / "student"), "no student/ yet"),
         (lambda: rewritten(run / "config.json", recipe={"samples": 3}), "'samples'"),
-        (lambda: (run / "config.json").write_text("{"), "config.json: no Z-Image run's"),
+        (lambda: (run / "config.json").write_text("{"), "config.json: holds no recipe"),
     ):
         spoil()
         argv = [str(run), "--out", str(tmp_path / "out")]

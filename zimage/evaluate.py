@@ -26,7 +26,7 @@ from PIL import Image
 
 import ladd
 from ladd import UserError, check
-from zimage import adapter, sampling
+from zimage import adapter, sample
 from zimage.data import read_prompts
 from zimage.precompute import start_ranks
 from zimage.world import to_bytes
@@ -35,18 +35,16 @@ INCEPTION = "inception-2015-12-05.pt"  # the file that clean-fid downloads
 
 
 def parse_options(argv):
-    parser = sampling.parser_for("evaluate", __doc__)
+    parser = sample.parser_for("evaluate", __doc__)
     add = parser.add_argument
-    text = "a .txt with one prompt a line, .jsonl or .csv (default: the held-out prompts)"
-    add("--prompts", default=str(sampling.PROMPTS), metavar="FILE", help=text)
     text = "seeds of the noise, each judged on its own (default %(default)s)"
-    add("--seeds", type=sampling.numbers, default="0,1,2", metavar="N,N", help=text)
+    add("--seeds", type=sample.numbers, default="0,1,2", metavar="N,N", help=text)
     text = f"folder of clean-fid's {INCEPTION}, which is downloaded there if it is not there"
     add("--features", type=Path, default=Path(torch.hub.get_dir()), metavar="DIR", help=text)
     text = "a CLIP model, like openai/clip-vit-large-patch14: adds the CLIP score"
     add("--clip", metavar="ID_OR_DIR", help=text)
     add("--out", metavar="DIR", type=Path, help="folder of the images (default: RUN/evaluation)")
-    sampling.add_sampling_arguments(parser)
+    sample.add_sampling_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -80,11 +78,11 @@ def check_images(run, way, prompts, options):
 def make_images(run, wanted, prompts, options, state):
     """Make this rank's share of the PNGs that are not there yet. wanted: {Way: seeds}."""
     own = range(state.process_index, len(prompts), state.num_processes)
-    jobs = [
-        (way, [(s, i) for s in seeds for i in own if not png(options.out, way, s, i).exists()])
+    jobs = {
+        way: [(s, i) for s in seeds for i in own if not png(options.out, way, s, i).exists()]
         for way, seeds in wanted.items()
-    ]
-    for way, keys, made in sampling.images(run, jobs, prompts, options, state.is_main_process):
+    }
+    for way, keys, made in sample.images(run, jobs, prompts, options, state.is_main_process):
         for key, image in zip(keys, to_bytes(made), strict=True):
             with ladd.replacing(png(options.out, way, *key)) as part:
                 Image.fromarray(image).save(part, "PNG")
@@ -179,15 +177,14 @@ def markdown(rows, conditions):
 def main(argv=None, features=None):
     """features: images [B, 3, 299, 299] in 0 .. 255 -> [B, D], in place of Inception."""
     options, state = parse_options(argv), start_ranks()
-    run = sampling.open_run(options.run, options.model)
-    sampling.fill_in(options, run)
+    run = sample.open_run(options.run, options.model)
+    sample.fill_in(options, run)
     options.out = (options.out or run.folder / "evaluation").expanduser()
     prompts = read_prompts(options.prompts)
     check(len(prompts) >= 2, f"--prompts {options.prompts}: KID needs at least 2 prompts")
-    seeds, guidance = options.seeds, options.guidance
-    teacher, *others = sampling.compared(
-        options.steps, options.teacher_steps, guidance, [max(options.steps)]
-    )
+    seeds, steps = options.seeds, options.steps
+    settings = steps, options.teacher_steps, options.guidance
+    teacher, *others = sample.compared(*settings, untrained_steps=[max(steps)])
     wanted = {teacher: seeds if len(seeds) > 1 else [seeds[0], seeds[0] + 1]}
     wanted |= dict.fromkeys(others, seeds)
     if state.is_main_process:  # what can't be had is said before hours of sampling

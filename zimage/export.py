@@ -17,7 +17,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 import ladd
 from ladd import check
 from zimage import adapter
-from zimage.sampling import open_run, parser_for
+from zimage.sample import open_run, parser_for
 from zimage.world import call_for
 
 CARD = """---

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import ladd
 from ladd import check, print0
 from zimage import adapter, data
-from zimage.sampling import positive
+from zimage.sample import positive
 
 
 def parse_options(argv):

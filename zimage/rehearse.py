@@ -26,7 +26,7 @@ from PIL import Image
 
 import ladd
 from ladd import check
-from zimage import adapter, data, evaluate, plan, sampling
+from zimage import adapter, data, evaluate, plan, sample
 
 PROMPTS = Path(__file__).parent / "prompts" / "train.txt"
 PLUMBING = """import sys, ladd
@@ -150,7 +150,7 @@ def main(argv=None):
     add, here = parser.add_argument, torch.cuda.device_count()
     add("--model", required=True, metavar="ID_OR_DIR", help="folder or hub name of the teacher")
     text = "GPUs, or processes where there is no CUDA (%(default)s)"
-    add("--gpus", type=sampling.positive, default=max(1, here), metavar="N", help=text)
+    add("--gpus", type=sample.positive, default=max(1, here), metavar="N", help=text)
     text = "the picture (%(default)s); the log is beside it"
     add("--out", type=Path, default=Path("rehearsal.png"), metavar="PNG", help=text)
     own, more = parser.parse_known_args(argv)

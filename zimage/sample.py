@@ -3,48 +3,201 @@
     python -m zimage.sample RUN
 
 The untrained student is the base model run in the student's steps, without guidance: what the
-student was before its training.
+student was before its training. All noise is keyed by (seed, the prompt's index), so an image is
+the same, up to rounding, in whatever batch or process it is made.
 """
 
+import json
+import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import ladd
 from ladd import check
-from zimage import sampling
+from zimage import adapter
 from zimage.data import read_prompts
-from zimage.world import draw_grid
+from zimage.world import ZImageRecipe, draw_grid
+
+PROMPTS = Path(__file__).parent / "prompts" / "heldout.txt"
+ENCODE = 8  # prompts per pass of the text encoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished Z-Image run."""
+
+    folder: Path
+    config: dict  # config.json
+    recipe: ZImageRecipe
+    model: str  # the base model, as it was named
+    base: Path  # its folder
+
+
+def open_run(folder, model=None):
+    """The run in a folder, nothing of it loaded yet. model: another place of the base model."""
+    folder = Path(folder)
+    recipe = ladd.recipe_from(ZImageRecipe, folder / "config.json")
+    made_of = json.loads((folder / "config.json").read_text())["data"]
+    check("latents.model" in made_of, f"{folder}: no run of Z-Image; give one, like runs/first")
+    ended = (folder / "student" / "config.json").exists()
+    check(ended, f"{folder}: no student/ yet; go on with it by --resume --name {folder.name}")
+    model = str(model or made_of["latents.model"])
+    base = adapter.model_folder(model)
+    same = adapter.model_fingerprint(base) == made_of["teacher"]
+    check(same, f"--model {model}: not the model that {folder} was made with; give that one")
+    return Run(folder, config, recipe, model, base)
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A way of sampling: one column of a picture, one row of a table."""
+
+    name: str  # say "student@4"
+    weights: str  # "base" or "student"
+    steps: int
+    guidance: float | None = None  # w of the teacher, 1 for none; None: sampled as the student is
+
+    @property
+    def nfe(self):
+        """Evaluations of the network per image; a guided step counts twice."""
+        return self.steps * (1 if self.guidance in (None, 1) else 2)
+
+
+def compared(steps, teacher_steps, guidance, untrained_steps):
+    """Teacher, student, and untrained student: the base model sampled as the student is."""
+    return [
+        Way(f"teacher@{teacher_steps}", "base", teacher_steps, guidance),
+        *(Way(f"student@{n}", "student", n) for n in steps),
+        *(Way(f"untrained@{n}", "base", n) for n in untrained_steps),
+    ]
+
+
+def sample_latents(pipe, recipe, way, captions, null, keys, size):
+    """Latents [B, 16, h, w] by `way`. pipe: a pipeline with the way's transformer; captions: B of
+    [L, C]; null [L, C]: the empty prompt's; keys: B (seed, prompt's index); size: (height, width).
+    """
+    h, w = (side // adapter.PIXELS for side in size)
+    noise = torch.stack([adapter.noise_for(*key, h, w) for key in keys]).to(pipe.device)
+    if way.guidance is not None:
+        return adapter.sample_teacher(pipe, captions, null, noise, way.steps, way.guidance)
+    cond = adapter.Prompts(captions, torch.zeros(len(captions), 0))
+    velocity = adapter.ZImageVelocity(pipe.transformer)
+    index = [1_000_000 * seed + k for seed, k in keys]
+    return ladd.sample_student(velocity, recipe, noise, cond, way.steps, index)
+
+
+def images(run, jobs, prompts, options, show=True):
+    """Make images, a batch at a time. jobs: {Way: [(seed, prompt's index), ...]}. options: those
+    of `add_sampling_arguments`, filled in.
+
+    Yields (way, keys, images [B, 3, H, W] in [0, 1], on the CPU). Base model and student are loaded
+    one after the other, each only where a job needs it.
+    """
+    dtype, device = getattr(torch, options.dtype), options.device
+    used = sorted({k for keys in jobs.values() for _, k in keys})
+    if not used:
+        return
+    pipe = adapter.load_pipeline(run.base, dtype, device, transformer=None, vae=None)
+    captions, (null,) = {}, adapter.encode(pipe, [""])
+    for some in (used[i : i + ENCODE] for i in range(0, len(used), ENCODE)):
+        encoded = adapter.encode(pipe, [prompts[k] for k in some])
+        captions.update(zip(some, encoded, strict=True))
+    del pipe  # the text encoder goes before the transformer comes
+    folders = {"base": run.base / "transformer", "student": run.folder / "student"}
+    for weights, folder in folders.items():
+        own = {way: keys for way, keys in jobs.items() if keys and way.weights == weights}
+        if not own:
+            continue
+        parts = {"transformer": adapter.load_transformer(folder, dtype), "text_encoder": None}
+        pipe = adapter.load_pipeline(run.base, dtype, device, **parts)
+        for way, keys in own.items():
+            batches = list(adapter.batches([len(captions[k]) for _, k in keys], options.batch))
+            for rows in tqdm(batches, desc=way.name, disable=None if show else True):
+                group = [keys[row] for row in rows]
+                told = [captions[k] for _, k in group]
+                x0 = sample_latents(pipe, run.recipe, way, told, null, group, options.resolution)
+                yield way, group, adapter.decode(pipe.vae, x0)
+        del pipe, parts
+
+
+def parser_for(name, doc):
+    """A parser with the options that sample, evaluate and export have."""
+    parser = ladd.Parser(f"python -m zimage.{name}", description=doc)
+    parser.add_argument("run", metavar="RUN", help="the folder of the run, like runs/first")
+    text = "the base model, where it is not at the place that the run's data names"
+    parser.add_argument("--model", metavar="ID_OR_DIR", help=text)
+    return parser
+
+
+def add_sampling_arguments(parser):
+    """Those that sample and evaluate have besides."""
+    add = parser.add_argument
+    text = "a .txt with one prompt a line, .jsonl, .csv or .tsv (default: the held-out prompts)"
+    add("--prompts", default=PROMPTS, metavar="FILE", help=text)
+    add("--steps", type=numbers, metavar="N,N", help="step counts of the student (default: 4,2,1)")
+    add("--teacher-steps", type=positive, metavar="N", help="its steps (default: the data's)")
+    text = "the teacher's w, 1 for none: guidance_scale + 1 (default: the data's)"
+    add("--guidance", type=float, metavar="W", help=text)
+    text = "512 or WIDTHxHEIGHT in pixels, multiples of 16 (default: %(default)s)"
+    add("--resolution", type=adapter.parse_sizes, default="512", metavar="SIZE", help=text)
+    text = "images per pass (default: %(default)s); they do not depend on it"
+    add("--batch", type=positive, default=4, metavar="N", help=text)
+    add("--device", help="cuda or cpu (default: the first that is there)")
+    add("--dtype", choices=("bfloat16", "float32"), help="(default: the device's)")
+
+
+def fill_in(options, run):
+    """What was left out, from the run and the device; UserError where a value can't be."""
+    made_of, known = run.config["data"], run.recipe.times
+    options.teacher_steps = options.teacher_steps or made_of["latents.steps"]
+    options.guidance = options.guidance or made_of["latents.guidance"]
+    check(options.guidance >= 1, f"--guidance {options.guidance}: give a number from 1, for none")
+    options.steps = options.steps or [n for n in (4, 2, 1) if n <= len(known)]
+    for n in options.steps:
+        ladd.step_times(known, n)
+    check(len(options.resolution) == 1, "--resolution: give one size")
+    options.resolution = options.resolution[0]  # (height, width)
+    options.device = ladd.pick_device(options.device)
+    options.dtype = options.dtype or ladd.default_dtype(options.device)
+
+
+def numbers(text):
+    """argparse type: '4,2,1' -> [4, 2, 1], each once."""
+    values = [int(word) for word in text.split(",")]
+    if min(values) < 0 or len(set(values)) < len(values):
+        raise argparse.ArgumentTypeError(f"{text}: give different whole numbers, with commas")
+    return values
+
+
+def positive(text):
+    """argparse type: a whole number from 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give at least 1")
+    return int(text)
 
 
 def main(argv=None):
-    parser = sampling.parser_for("sample", __doc__)
-    what = parser.add_mutually_exclusive_group()
-    text = "a .txt with one prompt a line, .jsonl or .csv (default: the held-out prompts)"
-    what.add_argument("--prompts", default=sampling.PROMPTS, metavar="FILE", help=text)
-    what.add_argument("--prompt", metavar="TEXT", help="one prompt, from --count different noises")
+    parser = parser_for("sample", __doc__)
     text = "rows of the picture (default: %(default)s)"
-    parser.add_argument("--count", type=sampling.positive, default=8, metavar="N", help=text)
+    parser.add_argument("--count", type=positive, default=8, metavar="N", help=text)
     parser.add_argument("--seed", default=0, type=int, help="of the noise (default: %(default)s)")
     parser.add_argument("--out", metavar="PNG", help="the picture (default: RUN/sample.png)")
-    sampling.add_sampling_arguments(parser)
+    add_sampling_arguments(parser)
     options = parser.parse_args(argv)
-    run = sampling.open_run(options.run, options.model)
-    sampling.fill_in(options, run)
+    run = open_run(options.run, options.model)
+    fill_in(options, run)
     out = Path(options.out or run.folder / "sample.png").expanduser()
     ok = out.suffix.lower() == ".png" and out.parent.is_dir()
     check(ok, f"--out {out}: give a .png file in a folder that exists")
-    prompts = [options.prompt] * options.count
-    if options.prompt is None:
-        prompts = read_prompts(options.prompts)[: options.count]
-
-    steps = options.steps
-    ways = sampling.compared(steps, options.teacher_steps, options.guidance, steps)
+    prompts = read_prompts(options.prompts)[: options.count]
+    ways = compared(options.steps, options.teacher_steps, options.guidance, options.steps)
     keys = [(options.seed, index) for index in range(len(prompts))]
     made = {way: {} for way in ways}
-    jobs = [(way, keys) for way in ways]
-    for way, group, shown in sampling.images(run, jobs, prompts, options):
+    for way, group, shown in images(run, dict.fromkeys(ways, keys), prompts, options):
         made[way].update(zip(group, shown, strict=True))
     columns = {}
     for way, shown in made.items():

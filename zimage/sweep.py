@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import ladd
-from zimage import evaluate, sampling
+from zimage import evaluate, sample
 from zimage.rehearse import launch
 
 COLUMNS = "commit name settings seeds kid untrained gb seconds verdict".split()
@@ -66,8 +66,8 @@ def main(argv=None):
     parser = ladd.Parser("python -m zimage.sweep", description=__doc__)
     add, here = parser.add_argument, max(1, torch.cuda.device_count())
     add("file", type=Path, metavar="FILE", help="the settings")
-    add("--seeds", type=sampling.numbers, default="0,1,2", metavar="N,N", help="(%(default)s)")
-    add("--gpus", type=sampling.positive, default=here, metavar="N", help="(%(default)s)")
+    add("--seeds", type=sample.numbers, default="0,1,2", metavar="N,N", help="(%(default)s)")
+    add("--gpus", type=sample.positive, default=here, metavar="N", help="(%(default)s)")
     text = "folder of the runs and of results.tsv (%(default)s)"
     add("--out", type=Path, default=Path("runs/sweep"), metavar="DIR", help=text)
     text = "options of zimage.evaluate, as in --judge='--prompts FILE --resolution 768'"
