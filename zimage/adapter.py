@@ -180,10 +180,11 @@ def load_vae(folder, dtype, device):
 
 
 @torch.no_grad()
-def encode(pipe, prompts):
+def encode(pipe, prompts, batch=8):
     """Text features of a list of prompts, by the pipeline's own encoder: a list of [L_i, C]."""
-    copy = list(prompts)  # the pipeline writes to the list
-    return pipe.encode_prompt(copy, None, False, max_sequence_length=MAX_TOKENS)[0]
+    parts = [list(prompts[k : k + batch]) for k in range(0, len(prompts), batch)]
+    call = {"do_classifier_free_guidance": False, "max_sequence_length": MAX_TOKENS}
+    return [c for part in parts for c in pipe.encode_prompt(part, **call)[0]]  # it changes part
 
 
 def sample_teacher(pipe, captions, null, noise, steps, guidance):

@@ -99,12 +99,10 @@ class Teacher:
 
     def encode(self, prompts):
         """The captions [L, C] of prompts, and vectors {"vector.NAME": [n, D] float32}."""
-        size = self.options.batch
-        parts = [prompts[k : k + size] for k in range(0, len(prompts), size)]
-        captions = [c for part in parts for c in adapter.encode(self.pipe, part)]
+        captions = adapter.encode(self.pipe, prompts, self.options.batch)
         vectors = {"vector.qwen": torch.stack([c.float().mean(0) for c in captions]).cpu()}
         if self.clip:
-            vectors["vector.clip"] = torch.cat([self.clip(part) for part in parts])
+            vectors["vector.clip"] = self.clip(prompts)
         return captions, vectors
 
     def sample(self, captions, indices, shard, steps):

@@ -23,7 +23,6 @@ from zimage.data import read_prompts
 from zimage.world import ZImageRecipe, draw_grid
 
 PROMPTS = Path(__file__).parent / "prompts" / "heldout.txt"
-ENCODE = 8  # prompts per pass of the text encoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,10 +101,8 @@ def images(run, jobs, prompts, options, show=True):
     if not used:
         return
     pipe = adapter.load_pipeline(run.base, dtype, device, transformer=None, vae=None)
-    captions, (null,) = {}, adapter.encode(pipe, [""])
-    for some in (used[i : i + ENCODE] for i in range(0, len(used), ENCODE)):
-        encoded = adapter.encode(pipe, [prompts[k] for k in some])
-        captions.update(zip(some, encoded, strict=True))
+    null, *encoded = adapter.encode(pipe, ["", *(prompts[k] for k in used)])
+    captions = dict(zip(used, encoded, strict=True))
     del pipe  # the text encoder goes before the transformer comes
     folders = {"base": run.base / "transformer", "student": run.folder / "student"}
     for weights, folder in folders.items():
