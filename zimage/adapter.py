@@ -100,7 +100,8 @@ def parse_sizes(text):
 
 def model_folder(model):
     """The local folder of a model; a name on the hub is downloaded, or found in its cache.
-    UserError where it can't be had, or has no weights as safetensors."""
+    UserError where it can't be had, or has no weights as safetensors. It warns of a few-step
+    student, told by its name or its scheduler's shift."""
     folder = Path(model)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
@@ -114,6 +115,10 @@ def model_folder(model):
         why = f"{part}/ holds no .safetensors file, and no other weights are read"
         found = any((folder / part).glob("*.safetensors"))
         check(found, f"--model {model}: {why}; name the folder of a ZImagePipeline")
+    shift = json.loads((folder / "scheduler" / "scheduler_config.json").read_text()).get("shift")
+    if shift == 3.0 or "turbo" in Path(model).name.lower():
+        why = "looks like Z-Image-Turbo, distilled already"
+        ladd.print0(f"WARNING: {model} {why}; the base model is {BASE}")
     return folder
 
 
@@ -129,15 +134,6 @@ def model_fingerprint(folder, parts=DECIDING):
                 f.seek(max(0, size - (1 << 16)))
                 digest.update(f.read())
     return digest.hexdigest()
-
-
-def turbo_warning(model, folder):
-    """A warning where the model looks like Z-Image-Turbo by its name or its scheduler's shift,
-    which is a few-step student already; None otherwise."""
-    shift = json.loads((folder / "scheduler" / "scheduler_config.json").read_text()).get("shift")
-    if shift != 3.0 and "turbo" not in Path(model).name.lower():
-        return None
-    return f"WARNING: {model} looks like Z-Image-Turbo, distilled already; the base model is {BASE}"
 
 
 def load(kind, folder, **options):
@@ -171,12 +167,6 @@ def load_pipeline(folder, dtype, device, **parts):
     pipe = load(diffusers.ZImagePipeline, folder, dtype=dtype, **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
-
-
-def load_vae(folder, dtype, device):
-    """The pipeline's VAE alone, frozen."""
-    vae = load(diffusers.AutoencoderKL, Path(folder) / "vae", dtype=dtype)
-    return vae.to(device).eval().requires_grad_(False)
 
 
 @torch.no_grad()

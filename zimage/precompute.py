@@ -213,8 +213,6 @@ def main(argv=None):
     clip = Clip(options.clip, device) if options.clip else None
     manifest, prompts = make_manifest(options, argv, folder, clip)
     made_of, shards = manifest["made_of"], manifest["shards"]
-    if warning := adapter.turbo_warning(options.model, folder):
-        print0(warning)
     passes = len(prompts) * options.steps * (1 if options.guidance == 1 else 2)
     print0(
         f"{len(prompts):,} samples: {passes:,} passes of the teacher by a sample, "

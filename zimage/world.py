@@ -116,7 +116,7 @@ class ZImageWorld(ladd.World):
         check_latents(self.data.get(self.shown)[0])
         self.model = options.model or self.data.about["model"]
         folder = adapter.model_folder(self.model)
-        print0(adapter.turbo_warning(self.model, folder) or f"teacher {self.model}")
+        print0(f"teacher {self.model}")
         self.digest = adapter.model_fingerprint(folder)
         self.data.check_model(self.digest)
         config = fsdp.ZImageTransformer2DModel.load_config(folder / "transformer")
@@ -124,8 +124,9 @@ class ZImageWorld(ladd.World):
         self.check_memory(recipe, fsdp.skeleton(config))
 
         fsdp.start_alone(device)
-        # Rank 0 draws the grids.
-        self.vae = adapter.load_vae(folder, self.dtype, device) if ladd.rank() == 0 else None
+        if ladd.rank() == 0:  # which draws the grids
+            parts = {"transformer": None, "text_encoder": None}
+            self.vae = adapter.load_pipeline(folder, self.dtype, device, **parts).vae
         self.whole_teacher = bool(recipe.anchor_weight)  # else it is only tapped
         if self.whole_teacher:
             self.nothing = ladd.on_rank0(lambda: self.encode_nothing(folder)).to(device)
