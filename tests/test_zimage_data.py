@@ -154,7 +154,8 @@ def test_an_over_long_prompt_is_refused_with_its_count(place, tmp_path, capsys):
     says = "'xxxxx", "513 tokens with the chat template, but the model reads 512"
     refused(capsys, run(place, tmp_path / "out", "--prompts", file), *says)
     file.write_text("x" * room)
-    assert run(place, tmp_path / "out", "--prompts", file, "--plan") == 0
+    made_by = precompute.parse_options(arguments(place, tmp_path / "out", "--prompts", file))
+    assert precompute.make_manifest(made_by, [], place.model, None)[1] == ["x" * room]
 
 
 # ---- what is made --------------------------------------------------------------------------------
@@ -388,7 +389,7 @@ def test_the_fingerprint_is_of_what_decides_the_latents(place, tmp_path):
 def test_a_turbo_model_is_warned_of(place, tmp_path, capsys):
     model = Path(shutil.copytree(place.model, tmp_path / "m"))
     rewrite(model / "scheduler" / "scheduler_config.json", shift=3.0)
-    assert run(place, tmp_path / "out", "--plan", "--model", model) == 0
+    assert adapter.model_folder(model) == model
     assert "looks like Z-Image-Turbo" in capsys.readouterr().out
 
 
@@ -407,18 +408,6 @@ def test_trouble_on_the_way_ends_in_one_line(place, tmp_path, capsys, monkeypatc
     assert list(contents(out)) == ["manifest.json"]
     monkeypatch.setattr(adapter, "sample_teacher", lambda *args: args[3].fill_(70_000.0))
     refused(capsys, run(place, out), "a latent is not finite in float16")
-
-
-def test_plan_foretells_the_cost_and_writes_nothing(place, tmp_path, capsys):
-    assert run(place, tmp_path / "out", "--plan", "--clip", place.clip) == 0
-    printed = capsys.readouterr().out
-    assert "11 samples: 66 passes" in printed and not (tmp_path / "out").exists()
-    for words in ("64x64 ", "32x48 ", "hours on 1 like this"):
-        assert words in printed.split("plan:")[1]
-    foretold = float(printed.split(" GB on disk")[0].split()[-1]) * 1e9
-    tensors = [t for path in place.made.glob("shard*") for t in load_file(path).values()]
-    size = sum(t.numel() * t.element_size() for t in tensors)
-    assert foretold == pytest.approx(size, rel=0.01)
 
 
 # ---- reading -------------------------------------------------------------------------------------

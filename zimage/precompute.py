@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 -m zimage.precompute ...    a GPU makes every 8th shard
 
 Killed at any instant, the same command goes on where it was: whole shards stay, and what is made
-again comes out alike. First ask --plan, which times a few samples here and writes nothing.
+again comes out alike. `python ladd.py --zimage --plan` says beforehand what it will cost.
 """
 
 import datetime
@@ -13,7 +13,6 @@ import json
 import math
 import shlex
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -33,7 +32,7 @@ def parse_options(argv):
     add = made.add_argument
     add("--model", required=True, metavar="ID_OR_DIR", help="folder or hub name of the teacher")
     add("--prompts", required=True, metavar="FILE", help=f"one of {', '.join(data.ENDINGS)}")
-    add("--out", metavar="DIR", type=Path, help="folder of the result; needed but for --plan")
+    add("--out", required=True, metavar="DIR", type=Path, help="folder of the result")
     text = "pixels: 512, or 640x384 (width x height); several, with commas, take turns (512)"
     add("--resolution", type=adapter.parse_sizes, default="512", metavar="SIZES", help=text)
     add("--steps", type=positive, default=50, help="steps of the teacher (%(default)s)")
@@ -47,11 +46,9 @@ def parse_options(argv):
     add("--device", help="cuda or cpu (default: the first that is there)")
     kinds = ("bfloat16", "float32")
     add("--dtype", default=kinds[0], choices=kinds, help="the teacher computes in it (%(default)s)")
-    add("--plan", action="store_true", help="print the cost, by a few samples, and write nothing")
     options = made.parse_args(argv)
     ok = 1 <= options.guidance < math.inf
     check(ok, f"--guidance {options.guidance}: give a number from 1, which is none")
-    check(options.out or options.plan, "--out: say where the data should go, or ask --plan")
     return options
 
 
@@ -97,27 +94,19 @@ class Teacher:
         self.options, self.clip = options, clip
         self.null = adapter.encode(self.pipe, [""])[0]  # the pipeline's own negative prompt
 
-    def encode(self, prompts):
-        """The captions [L, C] of prompts, and vectors {"vector.NAME": [n, D] float32}."""
-        captions = adapter.encode(self.pipe, prompts, self.options.batch)
-        vectors = {"vector.qwen": torch.stack([c.float().mean(0) for c in captions]).cpu()}
-        if self.clip:
-            vectors["vector.clip"] = self.clip(prompts)
-        return captions, vectors
-
-    def sample(self, captions, indices, shard, steps):
-        """The latents [n, 16, h, w] of these samples of a shard, float32, on the CPU."""
-        h, w = shard["height"] // adapter.PIXELS, shard["width"] // adapter.PIXELS
-        noise = torch.stack([adapter.noise_for(self.options.seed, i, h, w) for i in indices])
-        guidance = self.options.guidance
-        return adapter.sample_teacher(self.pipe, captions, self.null, noise, steps, guidance).cpu()
-
     def make_shard(self, shard, prompts, progress):
         """The tensors of a planned shard, whose prompts are given."""
-        captions, tensors = self.encode(prompts)
-        for rows in adapter.batches(shard["lengths"], self.options.batch):
+        options = self.options
+        captions = adapter.encode(self.pipe, prompts, options.batch)
+        tensors = {"vector.qwen": torch.stack([c.float().mean(0) for c in captions]).cpu()}
+        if self.clip:
+            tensors["vector.clip"] = self.clip(prompts)
+        h, w = shard["height"] // adapter.PIXELS, shard["width"] // adapter.PIXELS
+        for rows in adapter.batches(shard["lengths"], options.batch):
             some, indices = [captions[k] for k in rows], [shard["indices"][k] for k in rows]
-            latents = self.sample(some, indices, shard, self.options.steps).half()
+            noise = torch.stack([adapter.noise_for(options.seed, i, h, w) for i in indices])
+            settings = self.null, noise, options.steps, options.guidance
+            latents = adapter.sample_teacher(self.pipe, some, *settings).half().cpu()
             message = f"samples {indices}: a latent is not finite in float16"
             check(latents.isfinite().all(), f"{message}; try --dtype float32 or less --guidance")
             for k, x0 in zip(rows, latents, strict=True):
@@ -125,27 +114,6 @@ class Teacher:
                 tensors[f"caption.{k}"] = captions[k].to("cpu", torch.bfloat16)
             progress.update(len(rows))
         return tensors
-
-    def seconds(self, shard, prompts):
-        """Seconds that a sample of this shard takes here, by one batch and few steps."""
-        few, n = min(4, self.options.steps), min(self.options.batch, len(prompts))
-        for _ in range(2):  # the first time of anything is slow
-            began = time.perf_counter()
-            captions, _ = self.encode(prompts[:n])
-            encoded = time.perf_counter()
-            self.sample(captions, shard["indices"][:n], shard, few)  # it ends on the CPU
-            sampled = time.perf_counter()
-        return (encoded - began + (sampled - encoded) * self.options.steps / few) / n
-
-
-def gigabytes(shards, vectors):
-    """What the shards take on disk, in 1e9 bytes. vectors: {name: its length}."""
-    size = 0
-    for shard in shards:
-        latent = adapter.CHANNELS * shard["height"] * shard["width"] / adapter.PIXELS**2
-        size += len(shard["lengths"]) * (2 * latent + 4 * sum(vectors.values()))
-        size += 2 * vectors["qwen"] * sum(shard["lengths"])
-    return size / 1e9
 
 
 def make_manifest(options, argv, folder, clip):
@@ -183,26 +151,12 @@ def check_out(out, manifest):
     began. The model may have moved: its fingerprint counts."""
     if not (out / "manifest.json").exists():
         other = [path.name for path in out.glob("[!.]*")]
-        return check(
-            not other, f"--out {out}: holds something else, {other[:1]}; name a new folder"
-        )
+        message = f"--out {out}: holds something else, {other[:1]}; name a new folder"
+        return check(not other, message)
     changed = ladd.diff(manifest["made_of"], data.read_manifest(out)["made_of"])
     words = "; ".join(f"{k} = {new} (was {old})" for k, (old, new) in changed.items())
     way_out = "name a new folder, or give the old settings"
     check(not changed, f"--out {out}: holds data made otherwise: {words}; {way_out}")
-
-
-def print_plan(teacher, shards, prompts, ranks):
-    """Times a sample of each size on this rank; the others' GPUs are alike."""
-    seconds, share = {}, [0] * ranks
-    for k, shard in enumerate(shards):
-        size = f"{shard['width']}x{shard['height']}"
-        if size not in seconds:
-            seconds[size] = teacher.seconds(shard, [prompts[i] for i in shard["indices"]])
-        share[k % ranks] += len(shard["indices"]) * seconds[size]
-    each = ", ".join(f"{size} {s:.3g} s" for size, s in seconds.items())
-    hours = f"{max(share) / 3600:.3g} hours on {ranks} like this"
-    print(f"plan: {each} a sample here; {hours}; nothing was written")
 
 
 def main(argv=None):
@@ -214,15 +168,8 @@ def main(argv=None):
     manifest, prompts = make_manifest(options, argv, folder, clip)
     made_of, shards = manifest["made_of"], manifest["shards"]
     passes = len(prompts) * options.steps * (1 if options.guidance == 1 else 2)
-    print0(
-        f"{len(prompts):,} samples: {passes:,} passes of the teacher by a sample, "
-        f"{gigabytes(shards, made_of['vectors']):.3g} GB on disk, {len(shards) / ranks:.3g} of "
-        f"{len(shards):,} shards (--shard-size) by each of {ranks} ranks"
-    )
-    if options.plan:
-        if first:
-            print_plan(Teacher(folder, device, options, clip), shards, prompts, ranks)
-        return
+    part = f"{len(shards) / ranks:.3g} of {len(shards):,} shards by each of {ranks} ranks"
+    print0(f"{len(prompts):,} samples: {passes:,} passes of the teacher by a sample, {part}")
     out = options.out.expanduser()
     check_out(out, manifest)
     own = shards[rank::ranks]
