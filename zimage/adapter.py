@@ -145,9 +145,7 @@ def load(kind, folder, **options):
         return kind.from_pretrained(folder, use_safetensors=True, **options)
     except Exception as error:  # by what is missing or damaged
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{folder}: can't be loaded ({why}); get it anew, or name another"
-        ) from error
+        raise UserError(f"{folder}: can't be loaded ({why}); name another") from error
 
 
 def load_transformer(folder, dtype):

@@ -129,7 +129,6 @@ def trace(recipe, options, n, student_turn=True, config=None):
     world = object.__new__(ZImageWorld)  # opens no file
     world.recipe, world.options = recipe, argparse.Namespace(**{**vars(options), "compile": False})
     world.device, world.dtype = torch.device("cpu"), torch.bfloat16
-    world.whole_teacher = bool(recipe.anchor_weight)
     world.data = argparse.Namespace(about={"guidance": 5.0})
     found = Trace(shares(recipe, n, parts, student_turn))
     mesh = fsdp.init_device_mesh("cpu", (options.gpus,))  # which fake tensors can't make

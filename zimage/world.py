@@ -124,21 +124,17 @@ class ZImageWorld(ladd.World):
         self.check_memory(recipe, fsdp.skeleton(config))
 
         fsdp.start_alone(device)
-        if ladd.rank() == 0:  # which draws the grids
-            parts = {"transformer": None, "text_encoder": None}
-            self.vae = adapter.load_pipeline(folder, self.dtype, device, **parts).vae
-        self.whole_teacher = bool(recipe.anchor_weight)  # else it is only tapped
-        if self.whole_teacher:
-            self.nothing = ladd.on_rank0(lambda: self.encode_nothing(folder)).to(device)
+        self.nothing = ladd.on_rank0(lambda: self.load_vae_and_encode_nothing(folder)).to(device)
         sharded = options.teacher_sharded
         teacher = fsdp.load_teacher(folder / "transformer", config, self.dtype, device, sharded)
         self.set_checkpointing(teacher, "teacher")
         super().__init__(adapter.ZImageVelocity(teacher, self.dtype), recipe)
 
-    def encode_nothing(self, folder):
-        """The text features [L, C] of the empty prompt, from which guidance leads away."""
-        parts = {"transformer": None, "vae": None}
-        pipe = adapter.load_pipeline(folder, self.dtype, self.device, **parts)
+    def load_vae_and_encode_nothing(self, folder):
+        """The VAE draws the grids. Returns the text features [L, C] of the empty prompt, from which
+        guidance leads away."""
+        pipe = adapter.load_pipeline(folder, self.dtype, self.device, transformer=None)
+        self.vae = pipe.vae
         return adapter.encode(pipe, [""])[0].cpu()
 
     def check_memory(self, recipe, skeleton):
@@ -164,8 +160,8 @@ class ZImageWorld(ladd.World):
     def make_student(self):
         """float32 weights, sharded over the ranks, or a float32 LoRA on the teacher's.
 
-        From here on the teacher is only tapped, so its layers after the last tap go: an early end
-        by an exception does not suit sharded or checkpointed modules.
+        A teacher that is no anchor is only tapped, so its layers after the last tap go: an early
+        end by an exception does not suit sharded or checkpointed modules.
         """
         teacher = self.teacher.transformer
         if self.recipe.lora_rank:
@@ -174,7 +170,7 @@ class ZImageWorld(ladd.World):
             transformer = fsdp.make_student(teacher, self.device, self.dtype)
             student = adapter.ZImageVelocity(transformer, self.dtype)
         self.set_checkpointing(student.transformer, "student")
-        if not self.whole_teacher:
+        if not self.recipe.anchor_weight:
             del teacher.layers[max(map(int, self.recipe.taps)) + 1 :]
         if self.options.compile:
             self.compile(student)
