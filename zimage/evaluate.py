@@ -8,9 +8,8 @@ teacher's own row is the floor: a student as good as the teacher scores what the
 whereas one judged against the images of its own starting noise would be flattered for every image
 that it repeats. untrained@N, the base model sampled as the student is, is the mark to beat.
 
-The images are kept as PNG under RUN/evaluation, with a manifest that says what made them. A run
-that was stopped goes on; images of other settings are never mixed in. The ranks share the prompts,
-and the first one judges.
+The images are kept as PNG under RUN/evaluation, in folders named by what made them. A run that was
+stopped goes on. The ranks share the prompts, and the first one judges.
 """
 
 import hashlib
@@ -48,43 +47,31 @@ def parse_options(argv):
     return parser.parse_args(argv)
 
 
-def png(out, way, seed, index):
-    return out / way.name / f"seed-{seed}" / f"{index:05d}.png"
+def image_folder(run, way, prompts, options):
+    """Where a way's images lie: a name for all that decides them, so that others are never mixed
+    in. Seeds have folders of their own in it; batch and ranks decide nothing."""
+    student = way.weights == "student" and adapter.model_fingerprint(run.folder, ["student"])
+    sampler = not way.guidance and [run.recipe.sampler, run.recipe.times]
+    model = adapter.model_fingerprint(run.base, [*adapter.DECIDING, "vae", "scheduler"])
+    made_by = model, student, sampler, way.guidance, prompts, options.resolution, options.dtype
+    digest = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()
+    return options.out / f"{way.name}-{digest[:8]}"
 
 
-def check_images(run, way, prompts, options):
-    """Write what decides a way's images beside them; UserError where others lie there already.
-    Seeds have folders of their own; batch and ranks decide nothing."""
-    parts = [*adapter.DECIDING, "vae", "scheduler"]
-    student = adapter.model_fingerprint(run.folder, ["student"])
-    made_by = {
-        "model": adapter.model_fingerprint(run.base, parts),
-        "student": student if way.weights == "student" else None,
-        "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
-        "resolution": list(options.resolution),
-        "dtype": options.dtype,
-        "guidance": way.guidance,
-        "sampler": None if way.guidance else [run.recipe.sampler, list(run.recipe.times)],
-    }
-    path = options.out / way.name / "manifest.json"
-    if path.exists():
-        changed = ladd.diff(made_by, json.loads(path.read_text()))
-        words = "; ".join(f"{k} = {b} (was {a})" for k, (a, b) in changed.items())
-        message = f"{path.parent}: its images were made with other settings: {words}"
-        check(not changed, f"{message}; remove it, or give another --out")
-    ladd.write_json(path, made_by)
+def png(folder, seed, index):
+    return folder / f"seed-{seed}" / f"{index:05d}.png"
 
 
-def make_images(run, wanted, prompts, options, state):
+def make_images(run, wanted, folders, prompts, options, state):
     """Make this rank's share of the PNGs that are not there yet. wanted: {Way: seeds}."""
     own = range(state.process_index, len(prompts), state.num_processes)
     jobs = {
-        way: [(s, i) for s in seeds for i in own if not png(options.out, way, s, i).exists()]
+        way: [(s, i) for s in seeds for i in own if not png(folders[way], s, i).exists()]
         for way, seeds in wanted.items()
     }
     for way, keys, made in sample.images(run, jobs, prompts, options, state.is_main_process):
         for key, image in zip(keys, to_bytes(made), strict=True):
-            with ladd.replacing(png(options.out, way, *key)) as part:
+            with ladd.replacing(png(folders[way], *key)) as part:
                 Image.fromarray(image).save(part, "PNG")
 
 
@@ -120,13 +107,13 @@ def clip_scorer(model, device):
     return score
 
 
-def judge(wanted, prompts, options, features, clip):
+def judge(wanted, folders, prompts, options, features, clip):
     """The rows of the report. wanted: {Way: seeds}, the teacher first."""
     seeds, rows = options.seeds, []
     others = seeds[1:] + (seeds[:1] if len(seeds) > 1 else [seeds[0] + 1])
 
     def paths(way, seed):
-        return [png(options.out, way, seed, i) for i in range(len(prompts))]
+        return [png(folders[way], seed, i) for i in range(len(prompts))]
 
     def features_of(way, seed):
         settings = {"num_workers": 0, "batch_size": 32, "device": options.device, "verbose": False}
@@ -190,10 +177,8 @@ def main(argv=None, features=None):
     if state.is_main_process:  # what can't be had is said before hours of sampling
         features = features or inception(options.features, options.device)
         clip = clip_scorer(options.clip, options.device) if options.clip else None
-    for way in wanted:
-        check_images(run, way, prompts, options)
-    state.wait_for_everyone()
-    make_images(run, wanted, prompts, options, state)
+    folders = {way: image_folder(run, way, prompts, options) for way in wanted}
+    make_images(run, wanted, folders, prompts, options, state)
     state.wait_for_everyone()
     if not state.is_main_process:
         return
@@ -208,7 +193,7 @@ def main(argv=None, features=None):
         "prompts": str(options.prompts),
         "clip": options.clip,
     }
-    rows = judge(wanted, prompts, options, features, clip)
+    rows = judge(wanted, folders, prompts, options, features, clip)
     ladd.write_json(run.folder / "report.json", {"rows": rows, "conditions": conditions})
     (run.folder / "report.md").write_text(markdown(rows, conditions), encoding="utf-8")
     print(f"{markdown(rows, conditions)}\nsee {run.folder / 'report.md'} and {options.out}")

@@ -133,11 +133,11 @@ def rehearse(place, options, recipe, more, planned):
     began, made_of = time.time(), json.loads((run / "config.json").read_text())["data"]
     steps, images = made_of["latents.steps"], run / "evaluation"
     call = {"num_inference_steps": steps, "guidance_scale": made_of["latents.guidance"] - 1}
-    teacher = images / f"teacher@{steps}" / "seed-0"
+    (teacher,) = images.glob(f"teacher@{steps}-*/seed-0")
     compare(adapter.model_folder(model), teacher, prompts, options, **call)
     if recipe.sampler == "euler":  # else diffusers draws noise that has no key
         call = {"sigmas": list(times), "guidance_scale": 0}
-        student = images / f"student@{len(times)}" / "seed-0"
+        (student,) = images.glob(f"student@{len(times)}-*/seed-0")
         compare(place / "export", student, prompts, options, **call)
     peak = torch.cuda.max_memory_allocated() / 1e9
     show("stock ZImagePipeline", began, f"{peak:.3f}" if peak else "-")

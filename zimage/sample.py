@@ -7,9 +7,9 @@ student was before its training. All noise is keyed by (seed, the prompt's index
 the same, up to rounding, in whatever batch or process it is made.
 """
 
-import json
 import argparse
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -30,7 +30,7 @@ class Run:
     """A finished Z-Image run."""
 
     folder: Path
-    config: dict  # config.json
+    made_of: dict  # what its teacher and data were made of
     recipe: ZImageRecipe
     model: str  # the base model, as it was named
     base: Path  # its folder
@@ -48,7 +48,7 @@ def open_run(folder, model=None):
     base = adapter.model_folder(model)
     same = adapter.model_fingerprint(base) == made_of["teacher"]
     check(same, f"--model {model}: not the model that {folder} was made with; give that one")
-    return Run(folder, config, recipe, model, base)
+    return Run(folder, made_of, recipe, model, base)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +149,7 @@ def add_sampling_arguments(parser):
 
 def fill_in(options, run):
     """What was left out, from the run and the device; UserError where a value can't be."""
-    made_of, known = run.config["data"], run.recipe.times
+    made_of, known = run.made_of, run.recipe.times
     options.teacher_steps = options.teacher_steps or made_of["latents.steps"]
     options.guidance = options.guidance or made_of["latents.guidance"]
     check(options.guidance >= 1, f"--guidance {options.guidance}: give a number from 1, for none")

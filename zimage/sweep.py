@@ -46,13 +46,8 @@ def figures(run, words, recipe, seed, options):
         often = ["--checkpoint-every", max(1, recipe.iterations // 4)]
         place = ["--seed", seed, "--out", run.parent, "--name", run.name, "--resume"]
         launch(options.gpus, [ladd.__file__, "--zimage", *often, *words, *place], log)
-        steps = json.loads((run / "config.json").read_text())["data"]["latents.steps"]
-        teacher = run / "evaluation" / f"teacher@{options.teacher_steps or steps}"
-        if not teacher.is_symlink():  # all runs share its images
-            teacher.parent.mkdir(exist_ok=True)
-            teacher.symlink_to(f"../../{teacher.name}")
-        (run.parent / teacher.name).mkdir(exist_ok=True)
         judge = [*options.judge, "--seeds", seed, "--steps", len(recipe.times)]
+        judge += ["--out", run.parent / "images"]  # all runs share the teacher's
         launch(options.gpus, ["-m", "zimage.evaluate", run, *judge], log)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
     _, student, untrained = json.loads(report.read_text())["rows"]
@@ -76,7 +71,6 @@ def main(argv=None):
     settings = read_settings(options.file, common, options.out)
     results = options.out / "results.tsv"
     judge = evaluate.parse_options(["RUN", *options.judge])
-    options.teacher_steps = judge.teacher_steps
     evaluate.inception(judge.features, "cpu")  # what can't be had is said before the night
     git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "-"
