@@ -4,9 +4,8 @@
                                        its sigma is our t
     guidance w = guidance_scale + 1    `ZImagePipeline` computes pos + scale (pos - neg), 0 for none
 
-Read off diffusers 0.42.1 and pinned by the tests, which compare with `ZImagePipeline` itself.
-`model` is a folder that `ZImagePipeline.save_pretrained` wrote, or a name on the Hugging Face hub.
-Its weights are read by `from_pretrained` alone, so that everyone reads the same files.
+The tests compare with `ZImagePipeline` itself. A `model` is a folder that its `save_pretrained`
+wrote, or a name on the Hugging Face hub. Weights are read by `from_pretrained` alone.
 """
 
 import hashlib
@@ -49,9 +48,8 @@ class Prompts:
 
 
 class ZImageVelocity(nn.Module):
-    """velocity(x_t [B, 16, h, w], t [B], Prompts) -> v [B, 16, h, w], float32, of a
-    `ZImageTransformer2DModel`. dtype: what the transformer computes in (its own, or FSDP's for its
-    parameters); t stays float32, since in bfloat16 730 of 1000 would become 732."""
+    """velocity(x_t [B, 16, h, w], t [B], Prompts) -> v [B, 16, h, w], float32. The transformer
+    computes in dtype. t stays float32: in bfloat16 730 of 1000 would become 732."""
 
     def __init__(self, transformer, dtype=None):
         super().__init__()
@@ -87,7 +85,7 @@ def batches(lengths, size):
 
 def parse_sizes(text):
     """--resolution as [(height, width)] in pixels: "512" is a square, "640x384" width x height,
-    and commas stand between several. UserError where a side is no multiple of 16."""
+    and commas stand between several."""
     sizes = []
     for word in text.lower().split(","):
         sides = word.strip().split("x")

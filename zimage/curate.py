@@ -88,11 +88,11 @@ def features(text):
 
 
 def clean(texts):
-    """Unify prompts, and drop what is no use. texts: [(place, text or None)].
+    """[(place, text or None)] -> kept [(place, unified text)], dropped [(place, why, text)].
 
-    Returns kept [(place, text)] and dropped [(place, why, text)], in their order. Of two that are
-    alike the first stays. Alike: the intersection of their `features` is ALIKE of the union. Then
-    they share one of their rarest features (all but ALIKE of each): only such pairs are compared.
+    Of two that are alike the first stays. Alike: the intersection of their `features` is ALIKE of
+    the union. Then they share one of their rarest features (all but ALIKE of each): only such pairs
+    are compared.
     """
     kept, dropped, seen = [], [], {}
     sets = [features(unify(text or "")) for _, text in texts]

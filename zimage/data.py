@@ -122,8 +122,7 @@ class Latents:
     """The teacher's samples for training. Opening checks that every shard is there and whole.
 
     about: what the data is made of. sizes: (h, w) of each sample's latent. lengths: tokens of its
-    caption. vector_dim: D of the heads' condition, which is `vector`: qwen (the mean over the
-    caption's tokens) or clip. UserError for whatever is wrong.
+    caption. vector_dim: D of the heads' condition, `vector`.
     """
 
     def __init__(self, folder, vector="qwen"):

@@ -4,9 +4,8 @@
 
 Every row's images of a seed are judged against the teacher's images of *another* seed at the same
 prompts: the next of --seeds, the first after the last (with one seed, that seed plus one). So the
-teacher's own row is the floor: a student as good as the teacher scores what the teacher scores,
-whereas one judged against the images of its own starting noise would be flattered for every image
-that it repeats. untrained@N, the base model sampled as the student is, is the mark to beat.
+teacher's own row is the floor. Judged against images of its own starting noise, a student would be
+flattered for every image that it repeats. untrained@N is the mark to beat.
 
 The images are kept as PNG under RUN/evaluation, in folders named by what made them. A run that was
 stopped goes on. The ranks share the prompts, and the first one judges.
@@ -152,11 +151,10 @@ def markdown(rows, conditions):
     c = conditions
     words = (
         f"After {c['iteration']} iterations. KID on clean-fid's Inception, {c['images']} images of "
-        f"{c['resolution']} per seed, seeds {c['seeds']} (mean +/- standard deviation over them), "
-        "each against the teacher's images of another seed at the same prompts: the teacher's own "
-        f"row is the floor. Teacher: guidance {c['guidance']:g} (the pipeline's guidance_scale "
-        f"{c['guidance'] - 1:g}). untrained: the base model sampled as the student is, the mark to "
-        "beat. CLIP score: 100 max(cos, 0)."
+        f"{c['resolution']} per seed, seeds {c['seeds']} (mean +/- standard deviation), against "
+        "the teacher's images of another seed at the same prompts. Teacher: guidance "
+        f"{c['guidance']:g} (the pipeline's guidance_scale {c['guidance'] - 1:g}). untrained: the "
+        "base model sampled as the student is. CLIP score: 100 max(cos, 0)."
     )
     return "\n".join([*lines, "", words, ""])
 

@@ -60,10 +60,8 @@ makes it repeatable, the call's own `generator` does not.
 def model_card(run, name, dtype):
     """README.md: what the model is, how to call it, and its figures if it has some."""
     times = [ladd.step_times(run.recipe.times, n) for n in range(len(run.recipe.times), 0, -1)]
-    calls = [
-        f"| {len(ts)} | {', '.join(map(str, ts))} | `pipe(prompt, {call_for(ts)})` |"
-        for ts in times
-    ]
+    row = "| {} | {} | `pipe(prompt, {})` |"
+    calls = [row.format(len(ts), ", ".join(map(str, ts)), call_for(ts)) for ts in times]
     report = run.folder / "report.md"
     on_hub = "/" in run.model and not Path(run.model).exists()
     return CARD.format(
