@@ -75,8 +75,9 @@ def test_what_is_dropped_and_why():
     kept, dropped = curate.clean(list(enumerate(texts)))
     places = [place for place, _ in kept]
     assert places == [0, 7, 9, 11, 12, 13] and kept[2][1] == "café" and kept[0][1] == texts[1]
-    why = {1: "the same as 0", 2: "nearly the same as 0", 3: "control characters", 4: "too long"}
-    why |= {5: "no prompt", 6: "control characters", 8: "nearly the same as 7", 10: "the same as 9"}
+    why = {1: "much the same as 0", 2: "much the same as 0", 3: "control characters"}
+    why |= {4: "too long", 5: "no prompt", 6: "control characters"}
+    why |= {8: "much the same as 7", 10: "much the same as 9"}
     assert {place: reason for place, reason, _ in dropped} == why
 
 
@@ -91,7 +92,7 @@ def test_files_of_every_kind_become_one(tmp_path, capsys):
     wanted = ["A fox.", "An owl.", "A hen.", "A cat.", "A red, red rose.", "A dog."]
     assert data.read_prompts(tmp_path / "out.txt") == wanted
     report = (tmp_path / "out.dropped.tsv").read_text(encoding="utf-8")
-    assert f"{files[0]}:4\tthe same as {files[0]}:1\tA fox." in report
+    assert f"{files[0]}:4\tmuch the same as {files[0]}:1\tA fox." in report
     assert f"{files[1]}:2\tno prompt" in report and "\\ud800" in report
     assert "2 dropped: no prompt" in capsys.readouterr().out
 

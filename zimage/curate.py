@@ -94,7 +94,7 @@ def clean(texts):
     the union. Then they share one of their rarest features (all but ALIKE of each): only such pairs
     are compared.
     """
-    kept, dropped, seen = [], [], {}
+    kept, dropped = [], []
     sets = [features(unify(text or "")) for _, text in texts]
     often = Counter(feature for some in sets for feature in some)
     index = defaultdict(list)  # of a feature: the kept prompts that have it among their rarest
@@ -110,14 +110,11 @@ def clean(texts):
             why = "control characters"
         elif count_tokens(plain) > LIMIT:
             why = "too long"
-        elif plain in seen:
-            why = f"the same as {seen[plain]}"
         elif (twin := next(alike, None)) is not None:
-            why = f"nearly the same as {texts[twin][0]}"
+            why = f"much the same as {texts[twin][0]}"
         else:
             why = None
             kept.append((place, plain))
-            seen[plain] = place
             for feature in rare:
                 index[feature].append(k)
         if why:
