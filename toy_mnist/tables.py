@@ -133,8 +133,9 @@ def section(budget, runs):
         cells = [[*rows[0]], ["---"] * len(rows[0]), *(r.values() for r in rows)] if rows else []
         text += ["", f"### {group.capitalize()}", "", description, ""]
         text += ["| " + " | ".join(map(str, texts)) + " |" for texts in cells]
-        text += ["", *(f"- {s.name}: {s.note}" for s in chosen if s.note)]
-        text += [f"- {s.name}: not run" for s in chosen if not runs[s.name]]
+        text += ["", *(f"- {s.name}: {s.note}" for s in chosen if s.note and runs[s.name])]
+        missing = ", ".join(s.name for s in chosen if not runs[s.name])
+        text += [f"\nNot run under this budget: {missing}."] if missing else []
     return [*text, ""]
 
 
