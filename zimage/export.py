@@ -79,8 +79,7 @@ def model_card(run, name, dtype):
 def export(run, out, dtype="bfloat16"):
     """Write the folder `out` for a `Run`: it is whole or not there. dtype: of the weights."""
     out = Path(out).expanduser().resolve()
-    free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-    check(free, f"--out {out}: exists and is not an empty folder; name another")
+    check(not any(out.glob("*")), f"--out {out}: not an empty folder; name another")
     kind = getattr(torch, dtype)
     renoise = run.recipe.sampler == "renoise"
     parts = {

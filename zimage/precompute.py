@@ -10,7 +10,6 @@ again comes out alike. `python ladd.py --zimage --plan` says beforehand what it 
 import datetime
 import hashlib
 import json
-import math
 import shlex
 import sys
 from pathlib import Path
@@ -47,8 +46,7 @@ def parse_options(argv):
     kinds = ("bfloat16", "float32")
     add("--dtype", default=kinds[0], choices=kinds, help="the teacher computes in it (%(default)s)")
     options = made.parse_args(argv)
-    ok = 1 <= options.guidance < math.inf
-    check(ok, f"--guidance {options.guidance}: give a number from 1, which is none")
+    check(options.guidance >= 1, f"--guidance {options.guidance}: give a number from 1, for none")
     return options
 
 
@@ -147,16 +145,13 @@ def make_manifest(options, argv, folder, clip):
 
 
 def check_out(out, manifest):
-    """May this data go there? Into a new or an empty folder, or on with what the same settings
-    began. The model may have moved: its fingerprint counts."""
-    if not (out / "manifest.json").exists():
-        other = [path.name for path in out.glob("[!.]*")]
-        message = f"--out {out}: holds something else, {other[:1]}; name a new folder"
-        return check(not other, message)
-    changed = ladd.diff(manifest["made_of"], data.read_manifest(out)["made_of"])
-    words = "; ".join(f"{k} = {new} (was {old})" for k, (old, new) in changed.items())
-    way_out = "name a new folder, or give the old settings"
-    check(not changed, f"--out {out}: holds data made otherwise: {words}; {way_out}")
+    """UserError where other settings have begun there. The model may have moved: its fingerprint
+    counts."""
+    if (out / "manifest.json").exists():
+        changed = ladd.diff(manifest["made_of"], data.read_manifest(out)["made_of"])
+        words = "; ".join(f"{k} = {new} (was {old})" for k, (old, new) in changed.items())
+        way_out = "name a new folder, or give the old settings"
+        check(not changed, f"--out {out}: holds data made otherwise: {words}; {way_out}")
 
 
 def main(argv=None):

@@ -157,7 +157,6 @@ def main(argv=None):
     _, options, recipe = ladd.parse(["--zimage", *more])
     vars(options).update(vars(own))
     check(options.out.suffix == ".png", f"--out {options.out}: give a .png file")
-    check(recipe.gen_every <= 6, "--gen-every: six iterations must update the student")
     options.device = options.device or ("cuda" if here else "cpu")
     options.dtype = options.dtype or ladd.default_dtype(torch.device(options.device))
     folder = adapter.model_folder(options.model) / "transformer"
