@@ -39,8 +39,7 @@ def parse_options(argv):
     add("--seeds", type=sample.numbers, default="0,1,2", metavar="N,N", help=text)
     text = f"folder of clean-fid's {INCEPTION}, which is downloaded there if it is not there"
     add("--features", type=Path, default=Path(torch.hub.get_dir()), metavar="DIR", help=text)
-    text = "a CLIP model, like openai/clip-vit-large-patch14: adds the CLIP score"
-    add("--clip", metavar="ID_OR_DIR", help=text)
+    add("--clip", metavar="ID_OR_DIR", help="a CLIP model: adds the CLIP score")
     add("--out", metavar="DIR", type=Path, help="folder of the images (default: RUN/evaluation)")
     sample.add_sampling_arguments(parser)
     return parser.parse_args(argv)

@@ -35,11 +35,8 @@ def size(transformer, rank):
 
 
 class LoraVelocity(nn.Module):
-    """velocity(x_t, t, cond) of a frozen transformer with LoRA, which starts as that transformer.
-
-    The modules are copied, their weights shared. `parameters` are LoRA's alone: they are what is
-    trained, averaged and saved.
-    """
+    """velocity(x_t, t, cond) of a transformer's copied modules and shared weights, and of LoRA.
+    `parameters` are LoRA's alone: they are what is trained, averaged and saved."""
 
     def __init__(self, transformer, rank, dtype):
         super().__init__()

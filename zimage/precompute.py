@@ -39,8 +39,7 @@ def parse_options(argv):
     add("--guidance", type=float, default=5.0, metavar="W", help=text)
     add("--seed", type=int, default=0, help="keys the noise of every sample (%(default)s)")
     add("--batch", type=positive, default=4, help="samples at once, at most (%(default)s)")
-    text = "samples of a shard, which is what a kill can lose (%(default)s)"
-    add("--shard-size", type=positive, default=64, metavar="N", help=text)
+    add("--shard-size", type=positive, default=64, help="samples a kill can lose (%(default)s)")
     add("--clip", metavar="ID_OR_DIR", help="store the text vector of this CLIP model too")
     add("--device", help="cuda or cpu (default: the first that is there)")
     kinds = ("bfloat16", "float32")
@@ -145,8 +144,7 @@ def make_manifest(options, argv, folder, clip):
 
 
 def check_out(out, manifest):
-    """UserError where other settings have begun there. The model may have moved: its fingerprint
-    counts."""
+    """UserError where other settings have begun there. The model may have moved."""
     if (out / "manifest.json").exists():
         changed = ladd.diff(manifest["made_of"], data.read_manifest(out)["made_of"])
         words = "; ".join(f"{k} = {new} (was {old})" for k, (old, new) in changed.items())

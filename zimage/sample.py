@@ -90,8 +90,7 @@ def sample_latents(pipe, recipe, way, captions, null, keys, size):
 
 
 def images(run, jobs, prompts, options, show=True):
-    """Make images, a batch at a time. jobs: {Way: [(seed, prompt's index), ...]}. options: those
-    of `add_sampling_arguments`, filled in.
+    """Make images, a batch at a time. jobs: {Way: [(seed, prompt's index), ...]}.
 
     Yields (way, keys, images [B, 3, H, W] in [0, 1], on the CPU). Base model and student are loaded
     one after the other, each only where a job needs it.
@@ -125,8 +124,7 @@ def parser_for(name, doc):
     """A parser with the options that sample, evaluate and export have."""
     parser = ladd.Parser(f"python -m zimage.{name}", description=doc)
     parser.add_argument("run", metavar="RUN", help="the folder of the run, like runs/first")
-    text = "the base model, where it is not at the place that the run's data names"
-    parser.add_argument("--model", metavar="ID_OR_DIR", help=text)
+    parser.add_argument("--model", metavar="ID_OR_DIR", help="the base model, if it has moved")
     return parser
 
 
@@ -141,8 +139,7 @@ def add_sampling_arguments(parser):
     add("--guidance", type=float, metavar="W", help=text)
     text = "512 or WIDTHxHEIGHT in pixels, multiples of 16 (default: %(default)s)"
     add("--resolution", type=adapter.parse_sizes, default="512", metavar="SIZE", help=text)
-    text = "images per pass (default: %(default)s); they do not depend on it"
-    add("--batch", type=positive, default=4, metavar="N", help=text)
+    add("--batch", type=positive, default=4, help="images per pass (default: %(default)s)")
     add("--device", help="cuda or cpu (default: the first that is there)")
     add("--dtype", choices=("bfloat16", "float32"), help="(default: the device's)")
 
@@ -179,8 +176,7 @@ def positive(text):
 
 def main(argv=None):
     parser = parser_for("sample", __doc__)
-    text = "rows of the picture (default: %(default)s)"
-    parser.add_argument("--count", type=positive, default=8, metavar="N", help=text)
+    parser.add_argument("--count", type=positive, default=8, help="rows (default: %(default)s)")
     parser.add_argument("--seed", default=0, type=int, help="of the noise (default: %(default)s)")
     parser.add_argument("--out", metavar="PNG", help="the picture (default: RUN/sample.png)")
     add_sampling_arguments(parser)

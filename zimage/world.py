@@ -328,10 +328,7 @@ def to_bytes(images):
 
 
 def draw_grid(path, columns, texts):
-    """A picture: a row per prompt with its text, a column per way of sampling with its title.
-
-    columns: {title: images [N, 3, H, W] in [0, 1]}; texts: N of them.
-    """
+    """A row for each of N texts, a column for each {title: images [N, 3, H, W] in [0, 1]}."""
     height, width = next(iter(columns.values())).shape[2:]
     size = 3 * len(columns), 3 * len(texts) * height / width
     fig = Figure(size, dpi=max(100, width / 3), layout="constrained")
