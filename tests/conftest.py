@@ -1,4 +1,4 @@
-"""Lets the tests find ladd.py and their helpers from any folder.
+"""Lets the tests and the processes that they start find ladd.py and the helpers from any folder.
 
 One thread each: the models are tiny, and the files run side by side.
 """
@@ -7,6 +7,18 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+PLACES = [str(HERE.parent), str(HERE)]
+sys.path[:0] = PLACES
+os.environ["PYTHONPATH"] = os.pathsep.join(PLACES)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """The folder of a tiny Z-Image pipeline."""
+    import tiny_zimage
+
+    return tiny_zimage.save(tmp_path_factory.mktemp("model"))

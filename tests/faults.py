@@ -148,7 +148,7 @@ FAULTS = [
         "ladd.py",
         'save_weights(run / f"{name}.safetensors"',
         'save_weights(run / "student.safetensors"',
-        "test_run.py::test_a_world_of_ones_own_trains_in_a_notebook_and_in_a_thread",
+        "test_run.py::test_the_averaged_student_is_evaluated_and_the_best_is_kept",
     ),
     # 5
     Fault(

@@ -105,6 +105,21 @@ def run_steps(state, world, recipe, iterations, micro_batch=None, losses=None):
     return [{k: float(v) for k, v in metrics.items()} for metrics in made]
 
 
+def one_line(printed, *words):
+    """The one line of what was printed that says what is wrong; it holds these words."""
+    lines = [line for line in printed.splitlines() if line.startswith("ladd: ")]
+    assert len(lines) == 1 and "Traceback" not in printed, printed
+    assert all(word in lines[0] for word in words), lines[0]
+    return lines[0]
+
+
+def refused(capsys, code, *words):
+    """Exit code 2, and one line alone on stderr, which holds these words."""
+    error = capsys.readouterr().err
+    assert code == 2 and error.count("\n") == 1, error
+    one_line(error, *words)
+
+
 def flat(tensors):
     return torch.cat([t.detach().flatten() for t in tensors])
 
