@@ -677,6 +677,16 @@ def test_bad_input_is_one_line_and_no_run(tmp_path, capsys, word, words):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_written_has_the_modes_of_the_umask(tmp_path):
+    os.umask(umask := os.umask(0))
+    with ladd.replacing(tmp_path / "a" / "folder") as part:
+        part.mkdir(mode=0o700)
+        (part / "file").touch(0o600)
+    for path in (tmp_path / "a").rglob("*"):
+        want = 0o777 if path.is_dir() else 0o666
+        assert path.stat().st_mode & 0o777 == want & ~umask, path
+
+
 @pytest.mark.parametrize("size, batch", [(5, 12), (12, 12)], ids=["not divisible", "one each"])
 def test_a_batch_that_the_ranks_do_not_share_is_refused(tmp_path, monkeypatch, size, batch):
     monkeypatch.setattr(ladd, "world_size", lambda: size)

@@ -2,11 +2,8 @@
 
 import dataclasses
 import json
-import multiprocessing.forkserver
-import os
 import re
 import shutil
-import sys
 import types
 from pathlib import Path
 
@@ -18,15 +15,17 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.utils._pytree import tree_flatten_with_path
 
+import tiny
 import tiny_zimage
 from test_zimage_data import kid_by_hand
 
 import ladd
+from processes import FORKS, on_ranks
 from zimage import adapter, export, fsdp, lora, plan, precompute, sample
 from zimage import world as zworld
 from zimage.adapter import Prompts, ZImageVelocity
 
-ROOT = Path(__file__).resolve().parent.parent
+FORKS.set_forkserver_preload(["test_zimage"])
 CPU = torch.device("cpu")
 BATCH = 12
 TINY = [
@@ -34,11 +33,6 @@ TINY = [
     *("--device", "cpu", "--log-every", "1", "--evaluate-every", "0", "--lr-warmup", "0"),
 ]
 PROMPTS = ["a red fox", "a harbour in the evening, with three boats and a lighthouse behind", "tea"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny_zimage.save(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -143,13 +137,6 @@ def test_time_stays_float32_where_bfloat16_computes(model, sharded):
     (frame,), t, (caption,) = seen[0]
     assert frame.dtype == caption.dtype == torch.bfloat16 and t.dtype == v.dtype == torch.float32
     assert float(t * 1000) == pytest.approx(730, abs=1e-3)
-
-
-def test_real_samples_are_what_the_teacher_made_of_their_noise(model, data, pipe):
-    x0, cond, noise, real = make_world(model, data).batch(BATCH + 2, 3)
-    captions, null = [c.float() for c in cond.captions], adapter.encode(pipe, [""])[0]
-    made = adapter.sample_teacher(pipe, captions, null, noise, 3, 3)
-    assert torch.equal(real, x0) and distance([made], [x0]) < 0.02
 
 
 @torch.no_grad()
@@ -480,28 +467,16 @@ def judged(model, data):
     return world.feature_kid(world.make_student())
 
 
-FORKS = multiprocessing.get_context("forkserver")  # a process that has everything imported
-FORKS.set_forkserver_preload(["test_zimage"])
-
-
-def as_rank(rank, ranks, out, folders, argv):
-    """What each of several processes does: record the gradients, then train."""
-    torch.set_num_threads(1)
-    meeting = {"init_method": f"file://{out}/meeting", "rank": rank, "world_size": ranks}
-    dist.init_process_group("gloo", **meeting)
+def as_rank(rank, folder, folders, argv):
+    """What each of several processes does: record gradients and KID, then train."""
     found = term_gradients(*folders), judged(*folders)
-    if rank == 0:
-        torch.save(found, out / "found.pt")
-    sys.exit(ladd.main(argv))
+    assert ladd.main(argv) == 0
+    return found
 
 
 @pytest.fixture(scope="module")
 def together(model, data, tmp_path_factory):
     """Gradients and KID of 2 and 3 ranks, and a run that 2 ranks begin, 1 resumes and 3 end."""
-    monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
-    multiprocessing.forkserver.ensure_running()
-    monkeypatch.undo()
     runs, found = tmp_path_factory.mktemp("together"), {}
     for ranks, iterations in ((2, 2), (1, 4), (3, 6)):
         more = ["--gen-every", 2, "--checkpoint-every", 2, "--iterations", iterations]
@@ -511,15 +486,7 @@ def together(model, data, tmp_path_factory):
             assert ladd.main(argv) == 0
             continue
         out = tmp_path_factory.mktemp("ranks")
-        common = ranks, out, (model, data), argv
-        processes = [FORKS.Process(target=as_rank, args=(k, *common)) for k in range(ranks)]
-        for process in processes:
-            process.daemon = True
-            process.start()
-        for process in processes:
-            process.join(200)
-            assert process.exitcode == 0
-        found[ranks] = torch.load(out / "found.pt")
+        found[ranks] = on_ranks(ranks, out, as_rank, (model, data), argv)[0]
     return runs / "a", found
 
 
@@ -569,10 +536,6 @@ def test_two_ranks_then_one_then_three_train_as_one_does(together, alone):
 # ---- bad input: one line, exit code 2, before any weight is loaded, and no run's folder ----------
 
 
-def rewritten(path, **changes):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
 def weights(model, part="transformer"):
     return next((model / part).glob("*.safetensors"))
 
@@ -600,10 +563,7 @@ BAD_OPTIONS = [
 
 
 def refused(capsys, out, argv, says):
-    capsys.readouterr()
-    assert ladd.main(argv) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("ladd: ") and says in lines[0], lines
+    tiny.refused(capsys, ladd.main(argv), says)
     assert not list(out.glob("*/*")), "half a run's folder"
 
 
@@ -614,15 +574,6 @@ def test_a_bad_model_is_refused_in_one_line(case, model, data, tmp_path, capsys,
     monkeypatch.setattr("huggingface_hub.snapshot_download", None)
     spoil(folder)
     refused(capsys, tmp_path / "out", job(folder, data, tmp_path / "out"), says)
-
-
-def test_damaged_weights_are_refused_in_one_line(model, data, tmp_path, capsys, monkeypatch):
-    """Where the data's fingerprint, which reads the ends of the files, does not tell."""
-    folder = Path(shutil.copytree(model, tmp_path / "model"))
-    raw = weights(folder).read_bytes()
-    weights(folder).write_bytes(raw[: len(raw) // 2])
-    monkeypatch.setattr(zworld.Latents, "check_model", lambda *_: None)
-    refused(capsys, tmp_path / "out", job(folder, data, tmp_path / "out"), "transformer")
 
 
 @pytest.mark.parametrize("options, says", BAD_OPTIONS)
@@ -700,7 +651,7 @@ def changed_run(place, folder, **recipe):
     """A copy of the run whose recipe has other fields."""
     run = Path(shutil.copytree(place.run, folder / "run"))
     config = json.loads((run / "config.json").read_text())
-    rewritten(run / "config.json", recipe={**config["recipe"], **recipe})
+    tiny_zimage.rewrite(run / "config.json", recipe={**config["recipe"], **recipe})
     return run
 
 
@@ -767,17 +718,7 @@ def test_the_card_and_the_scheduler(place, tmp_path):
 
 def test_an_export_replaces_nothing(place, capsys):
     argv = [str(place.run), "--out", str(place.exported)]
-    assert ladd.run_command_line(export.main, argv) == 2
-    assert "not an empty folder" in capsys.readouterr().err
-
-
-def test_files_have_the_modes_of_the_umask(place, adapted):
-    umask = os.umask(0)
-    os.umask(umask)
-    for folder in (place.exported, adapted.run / "student", adapted.run / "lora"):
-        for path in (folder, *folder.rglob("*")):
-            want = 0o777 if path.is_dir() else 0o666
-            assert path.stat().st_mode & 0o777 == want & ~umask, path
+    tiny.refused(capsys, ladd.run_command_line(export.main, argv), "not an empty folder")
 
 
 def test_the_picture_shows_prompts_by_ways(place, tmp_path, monkeypatch):
@@ -815,9 +756,7 @@ def test_sampling_refuses_bad_options(place, capsys):
         "--out x.jpg": "--out x.jpg",
     }.items():
         argv = [str(place.run), "--device", "cpu", *words.split()]
-        assert ladd.run_command_line(sample.main, argv) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert says in line
+        tiny.refused(capsys, ladd.run_command_line(sample.main, argv), says)
 
 
 def test_a_run_that_cannot_be_exported_is_refused(place, tmp_path, capsys):
@@ -825,11 +764,10 @@ def test_a_run_that_cannot_be_exported_is_refused(place, tmp_path, capsys):
     for spoil, says in (
         (lambda: weights(run, "student").unlink(), "student: can't be loaded"),
         (lambda: shutil.rmtree(run / "student"), "no student/ yet"),
-        (lambda: rewritten(run / "config.json", recipe={"samples": 3}), "'samples'"),
+        (lambda: tiny_zimage.rewrite(run / "config.json", recipe={"samples": 3}), "'samples'"),
         (lambda: (run / "config.json").write_text("{"), "config.json: holds no recipe"),
     ):
         spoil()
         argv = [str(run), "--out", str(tmp_path / "out")]
-        assert ladd.run_command_line(export.main, argv) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert says in line and not (tmp_path / "out").exists()
+        tiny.refused(capsys, ladd.run_command_line(export.main, argv), says)
+        assert not (tmp_path / "out").exists()

@@ -2,7 +2,6 @@
 of its own, the sweep within this one."""
 
 import json
-import multiprocessing
 import os
 import runpy
 import statistics
@@ -11,19 +10,14 @@ import types
 from pathlib import Path
 
 import pytest
-import tiny_zimage
 from PIL import Image
 
 import ladd
+from processes import FORKS
 from zimage import evaluate, plan, precompute, rehearse, sweep
 
 TINY = "--taps 1,3 --head-width 16 --batch 4 --device cpu --dtype float32 --lr-warmup 0".split()
 JUDGE = "--resolution 32 --teacher-steps 2 --device cpu --dtype float32"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny_zimage.save(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -40,7 +34,6 @@ def start(main, *words):
 
 # ---- the rehearsal -------------------------------------------------------------------------------
 
-FORKS = multiprocessing.get_context("forkserver")  # processes that have everything imported
 FORKS.set_forkserver_preload(["zimage.rehearse", "zimage.precompute", "zimage.lora"])
 
 

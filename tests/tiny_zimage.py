@@ -1,5 +1,7 @@
 """A tiny random Z-Image pipeline (all five parts, about 3 MB) and a tiny CLIP, made offline."""
 
+import json
+
 import torch
 import transformers
 from diffusers import (
@@ -60,6 +62,11 @@ def save(folder, seed=0, shift=6.0):
     """The pipeline as a folder that `ZImagePipeline.from_pretrained` reads; returns the folder."""
     pipeline(seed, shift).save_pretrained(folder)
     return folder
+
+
+def rewrite(path, **changes):
+    """Change fields of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def save_clip(folder):
