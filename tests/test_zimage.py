@@ -234,13 +234,6 @@ def alone(model, data, tmp_path_factory):
     return out / "a"
 
 
-def half_done(run, folder, gone=(6,)):
-    """A copy of a run as folder/a, as if it had been killed before these checkpoints."""
-    shutil.copytree(run, folder / "a")
-    for step in gone:
-        shutil.rmtree(folder / "a" / "checkpoints" / f"step-{step:07d}")
-
-
 def test_the_whole_job(alone, pipe):
     student = adapter.load_transformer(alone / "student", torch.float32)
     state = checkpoint(alone)
@@ -258,14 +251,6 @@ def test_the_whole_job(alone, pipe):
     config = json.loads((alone / "config.json").read_text())
     assert config["recipe"]["taps"] == ["1", "3"] and config["diff"]["batch"] == [32, BATCH]
     assert config["data"]["latents.guidance"] == 3 and config["data"]["latents.steps"] == 3
-
-
-def test_killed_and_resumed_is_never_killed(alone, model, data, tmp_path):
-    half_done(alone, tmp_path)
-    more = ["--iterations", 6, "--gen-every", 2, "--checkpoint-every", 2, "--resume"]
-    assert distil(model, data, tmp_path, *more) == 0
-    a, b = checkpoint(alone), checkpoint(tmp_path / "a")
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_bfloat16_computes_and_float32_learns(model, data, tmp_path):
@@ -378,11 +363,16 @@ def test_nothing_but_lora_is_trained_averaged_and_saved(adapted, pipe):
     assert sum(v.numel() for v in ours.values()) == 4 * size  # weights, two moments, average
 
 
-def test_a_lora_run_killed_and_resumed_is_never_killed(adapted, model, data, tmp_path):
-    half_done(adapted.run, tmp_path, gone=(4,))
-    more = ["--iterations", 4, "--checkpoint-every", 2, *LORA, "--resume"]
-    assert distil(model, data, tmp_path, *more) == 0
-    a, b = checkpoint(adapted.run), checkpoint(tmp_path / "a")
+FULL = ["--iterations", 6, "--gen-every", 2]
+
+
+@pytest.mark.parametrize("gone, options", [(6, FULL), (4, ["--iterations", 4, *LORA])])
+def test_killed_and_resumed_is_never_killed(alone, adapted, model, data, tmp_path, gone, options):
+    run = alone if options is FULL else adapted.run
+    shutil.copytree(run, tmp_path / "a")
+    shutil.rmtree(tmp_path / "a" / "checkpoints" / f"step-{gone:07d}")
+    assert distil(model, data, tmp_path, *options, "--checkpoint-every", 2, "--resume") == 0
+    a, b = checkpoint(run), checkpoint(tmp_path / "a")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
