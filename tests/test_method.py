@@ -209,25 +209,9 @@ def test_expand_wants_one_time_per_sample():
             ladd.expand(torch.zeros(shape), x)
 
 
-class Recorder:
-    """A velocity that keeps what it was called with."""
-
-    def __init__(self, velocity):
-        self.velocity = velocity
-        self.calls = []
-
-    def __call__(self, x, t, cond):
-        self.calls.append((x.clone(), t.clone(), cond))
-        return self.velocity(x, t, cond)
-
-    def times(self):
-        assert all(len(set(t.tolist())) == 1 and len(t) == len(x) for x, t, _ in self.calls)
-        return [float(t[0]) for _, t, _ in self.calls]
-
-
 def guide(w, t=0.5, **options):
     """Guided v = 100 t + x + cond: conditions 2, 4 against none = -1, on x = 10, 20."""
-    v = Recorder(lambda x, t, cond: 100 * t[:, None] + x + cond)
+    v = tiny.Recorder(lambda x, t, cond: 100 * t[:, None] + x + cond)
     velocity = ladd.guided(v, lambda cond: torch.full_like(cond, -1), w, **options)
     out = velocity(f64(10, 20)[:, None], f64(t, t), f64(2, 4)[:, None])
     return out.flatten().tolist(), [len(x) for x, _, _ in v.calls]
@@ -254,7 +238,7 @@ def test_samplers_land_on_x0_with_a_perfect_velocity(n, first):
     x0, noise, fresh = normal(n, 3, 3, 4, 8, 8, dtype=torch.float64)
     times = [first * (1 - k / 8) for k in range(n)]
     for renoise in (None, lambda k: fresh):
-        v = Recorder(lambda x, t, cond: (x - cond) / as4d(t))
+        v = tiny.Recorder(lambda x, t, cond: (x - cond) / as4d(t))
         got = ladd.sample_euler(v, noise, times, x0, renoise)
         assert_close(got, x0, rtol=0, atol=1e-12)
         assert v.times() == times  # exactly n evaluations, at the times asked for
@@ -276,7 +260,7 @@ def test_euler_equals_the_flow_match_euler_scheduler(times, world):
 
 def test_renoising_by_hand():
     # v = x from noise 8: x0 = 0; at .5 x = .5 * 6, x0 = 1.5; at .25 x = .75 * 1.5 + .25 * 10.
-    v = Recorder(lambda x, t, c: x)
+    v = tiny.Recorder(lambda x, t, c: x)
     noises = {1: f64(6)[:, None], 2: f64(10)[:, None]}
     x0 = ladd.sample_euler(v, f64(8)[:, None], [1, 0.5, 0.25], None, noises.get)
     assert [float(x) for x, _, _ in v.calls] == [8, 3, 3.625]
@@ -297,13 +281,13 @@ def test_student_sampler_takes_its_steps_and_keys_each_samples_noise(world, samp
     recipe, student = tiny.make_recipe(sampler=sampler), world.make_student()
     noise, cond = world.noise[:3], world.cond[:3]
     for steps, times in ((1, [1]), (2, [1, 0.5]), (4, [1, 0.75, 0.5, 0.25])):
-        v = Recorder(student)
+        v = tiny.Recorder(student)
         out = ladd.sample_student(v, recipe, noise, cond, steps)
         assert v.times() == times and not out.requires_grad
         assert torch.equal(out, ladd.sample_student(student, recipe, noise, cond, steps))
     euler = ladd.sample_euler(student, noise, times, cond)
     assert torch.equal(out, euler) == (sampler == "euler")
-    v = Recorder(lambda x, t, cond: x / as4d(t))  # x0 = 0 leaves the noise to be seen
+    v = tiny.Recorder(lambda x, t, cond: x / as4d(t))  # x0 = 0 leaves the noise to be seen
     ladd.sample_student(v, recipe, noise, cond, 4)
     pairs = itertools.combinations([x / as4d(t) for x, t, _ in v.calls], 2)
     assert {torch.allclose(a, b, atol=1e-3) for a, b in pairs} == {sampler == "euler"}
@@ -472,19 +456,6 @@ def test_fourier_by_formula():
     assert_close(got, torch.tensor(want), rtol=0, atol=1e-4)
 
 
-# ---- Losses of logits
-
-# Two heads: one sample's 2x2 patches, two samples' one patch.
-REAL = [torch.tensor([[[2.0, 0.5], [-1.0, 1.0]]]), torch.tensor([[[3.0]], [[0.0]]])]
-FAKE = [torch.tensor([[[-2.0, 0.0], [1.0, -0.5]]]), torch.tensor([[[-3.0]], [[2.0]]])]
-
-
-def test_hinge_by_hand():
-    # Real 0, .5, 2, 0 and fake 0, 1, 2, .5 -> 6 / 4; real 0, 1 and fake 0, 3 -> 4 / 2.
-    for loss, want in zip(ladd.LOSSES["hinge"], ((1.5 + 2) / 2, (0.375 + 0.5) / 2), strict=True):
-        assert float(ladd.mean_over_heads(loss, REAL, FAKE)) == pytest.approx(want, rel=1e-6)
-
-
 # ---- Recipe, reader, draws
 
 BAD_FIELDS = [
@@ -616,13 +587,6 @@ def test_paired_samples_get_their_stored_noise_and_lie_evenly(world, every):
     assert torch.equal(joint["eps_hat"], fresh["eps_hat"])  # the second noise stays a fresh one
 
 
-def test_a_share_of_stored_noise_needs_a_world_that_stores_it(world):
-    world.noise, recipe = None, tiny.make_recipe()
-    tiny.run_steps(tiny.make_state(world, recipe), world, recipe, [0])
-    with pytest.raises(UserError, match="paired_share"):
-        tiny.make_state(world, dataclasses.replace(recipe, paired_share=0.5))
-
-
 # ---- The average, schedules, steps
 
 
@@ -667,13 +631,22 @@ def test_a_step_updates_the_average_after_the_weights(world, gen_every):
 
 
 def test_without_a_half_life_the_last_weights_serve(world):
-    recipe = tiny.make_recipe(ema_half_life=0.0)
-    state = tiny.make_state(world, recipe)
-    tiny.run_steps(state, world, recipe, range(3))
+    state = tiny.make_state(world, tiny.make_recipe(ema_half_life=0.0))
+    tiny.run_steps(state, world, world.recipe, range(3))
     last = tiny.weights(state.student)
     with state.averaged() as student:
-        assert torch.equal(tiny.weights(student), last)
-    assert state.ema.mean == [] and not torch.equal(last, tiny.weights(world.teacher))
+        assert torch.equal(tiny.weights(student), last) and state.ema.mean == []
+
+
+HEADS_MOVE, STUDENT_MOVES = {"heads", "heads_opt"}, {"student", "student_opt", "ema"}
+
+
+def step_and_see(state, world, recipe, i, losses=None):
+    """The metrics of an iteration, and what of the state it has changed."""
+    before = tiny.everything(state)
+    (metrics,) = tiny.run_steps(state, world, recipe, [i], None, losses)
+    after = tiny.everything(state)
+    return metrics, {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])}
 
 
 @pytest.mark.parametrize("gen_every", [1, 2, 3, 7, 8])
@@ -682,14 +655,9 @@ def test_schedule_of_the_students_updates(world, gen_every):
     recipe = tiny.make_recipe(gen_every=gen_every, batch=4, ema_half_life=1e-3)
     state = tiny.make_state(world, recipe)
     for i in range(7):
-        before = tiny.everything(state)
-        (metrics,) = tiny.run_steps(state, world, recipe, [i])
-        after = tiny.everything(state)
-        moved = {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])}
+        metrics, moved = step_and_see(state, world, recipe, i)
         turn = i > 0 and (i + 1) % gen_every == 0
-        assert moved == {"heads", "heads_opt"} | (
-            {"student", "student_opt", "ema"} if turn else set()
-        )
+        assert moved == HEADS_MOVE | (STUDENT_MOVES if turn else set())
         assert ("student_loss" in metrics) == ("student_grad_norm" in metrics) == turn
 
 
@@ -758,13 +726,10 @@ def test_a_gradient_that_is_not_finite_skips_its_step_and_three_end_the_run(worl
 
     losses[which] = poisoned
     for i in range(7):
-        before = tiny.everything(state)
-        (metrics,) = tiny.run_steps(state, world, recipe, [i], None, losses)
-        after = tiny.everything(state)
-        moved = {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])}
-        moves = {"heads", "heads_opt"} | ({"student", "student_opt", "ema"} if i else set())
+        metrics, moved = step_and_see(state, world, recipe, i, losses)
+        moves = HEADS_MOVE | (STUDENT_MOVES if i else set())
         if i in (2, 3, 5, 6):
-            moves -= {"student", "student_opt", "ema"} if which else {"heads", "heads_opt"}
+            moves -= STUDENT_MOVES if which else HEADS_MOVE
         assert moves == moved and metrics["skipped"] == (i in (2, 3, 5, 6))
     with pytest.raises(UserError, match="iteration 8.*non-finite"):
         tiny.run_steps(state, world, recipe, [7], None, losses)
@@ -895,19 +860,6 @@ def test_samples_conditions_and_noises_stay_paired(world):
         assert joint["index"].tolist() == list(range(16)) and spy.batches[0].iteration == i
         used += index.tolist()
     assert used == ladd.reader_indices(tiny.N, 0, 96, 0)[0].tolist()
-
-
-def test_two_ranks_see_the_halves_of_the_joint_batch(world, monkeypatch):
-    recipe, alone, both = tiny.make_recipe(paired_share=0.25), Spy(), Spy()
-    alone.step(tiny.make_state(world, recipe), world, recipe, 0)
-    monkeypatch.setattr(ladd, "world_size", lambda: 2)
-    monkeypatch.setattr(ladd, "mean_over_ranks_", lambda tensors: None)
-    monkeypatch.setattr(torch.distributed, "broadcast", lambda *_: None)
-    for rank in (0, 1):
-        monkeypatch.setattr(ladd, "rank", lambda rank=rank: rank)
-        both.step(tiny.make_state(world, recipe), world, recipe, 0, micro_batch=4)
-    assert [len(b.x0) for b in both.batches] == [4] * 4
-    assert tiny.same(alone.joint(), both.joint())
 
 
 def test_losses_of_ones_own_replace_the_recipes(world):

@@ -78,6 +78,21 @@ class World(ladd.World):
         return {"spread": float(x.std()), "score": float(x.std()), "collapse": self.collapse}
 
 
+class Recorder:
+    """A velocity that keeps what it was called with."""
+
+    def __init__(self, velocity):
+        self.velocity, self.calls = velocity, []
+
+    def __call__(self, x, t, cond):
+        self.calls.append((x.clone(), t.clone(), cond))
+        return self.velocity(x, t, cond)
+
+    def times(self):
+        assert all(len(set(t.tolist())) == 1 and len(t) == len(x) for x, t, _ in self.calls)
+        return [float(t[0]) for _, t, _ in self.calls]
+
+
 def make_recipe(**changes):
     """A short recipe with taps; changes are fields."""
     fields = dict(iterations=100, batch=16, taps=TAPS, head_width=8, warmup=2, lr_warmup=0)
@@ -100,8 +115,7 @@ def rows(cond):
 
 def run_steps(state, world, recipe, iterations, micro_batch=None, losses=None):
     """Some iterations; the metrics of each, as floats."""
-    options = (micro_batch, losses) if losses else (micro_batch,)
-    made = [ladd.train_step(state, world, recipe, i, *options) for i in iterations]
+    made = [ladd.train_step(state, world, recipe, i, micro_batch, losses) for i in iterations]
     return [{k: float(v) for k, v in metrics.items()} for metrics in made]
 
 
