@@ -292,7 +292,7 @@ FAULTS = [
         "ladd.py",
         "times[k * len(times) // n]",
         "times[k]",
-        "test_method.py::test_step_times",
+        "test_method.py::test_student_sampler_takes_its_steps_and_keys_each_samples_noise",
     ),
     # 11
     Fault(
@@ -471,7 +471,7 @@ FAULTS = [
         "ladd.py",
         "            mean.lerp_(p, 1 - keep)",
         "            mean.lerp_(p, 0.0)",
-        "test_method.py::test_average_by_hand",
+        "test_method.py::test_a_step_updates_the_average_after_the_weights",
     ),
     Fault(
         0,
@@ -479,7 +479,7 @@ FAULTS = [
         "ladd.py",
         "min(self.half_life, self.ramp * seen)",
         "self.half_life",
-        "test_method.py::test_average_by_hand",
+        "test_method.py::test_a_step_updates_the_average_after_the_weights",
     ),
     Fault(
         0,
