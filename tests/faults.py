@@ -234,7 +234,7 @@ FAULTS = [
         "ladd.py",
         'gen = generator(recipe.seed, iteration, k, "draw")',
         "gen = None",
-        "test_run.py::test_one_seed_gives_one_run_and_another_seed_another",
+        "test_method.py::test_a_run_starts_from_the_teacher_and_repeats_bit_for_bit",
     ),
     Fault(
         8,

@@ -260,26 +260,7 @@ def test_a_stopped_job_ends_with_one_line_and_130(tmp_path, never_killed, work, 
     assert_same_run(tmp_path / "run", never_killed)
 
 
-def command_stopped_at_its_end(out):
-    World.finish = lambda *args: os.kill(os.getpid(), signal.SIGTERM)
-    return command(out, "--name=run")
-
-
-def test_a_job_that_is_stopped_outside_its_training_ends_with_one_line(tmp_path, never_killed):
-    code, printed = Child(tmp_path / "log", command_stopped_at_its_end, tmp_path).ended()
-    assert code == 130 and tiny.one_line(printed)
-    assert command(tmp_path, "--name=run", "--resume") == 0
-    assert_same_run(tmp_path / "run", never_killed)
-
-
 # ---- what else must not change a run, or must not be changed -------------------------------------
-
-
-def test_one_seed_gives_one_run_and_another_seed_another(tmp_path, whole):
-    torch.manual_seed(7)
-    assert tiny.same(tiny.everything(train(tmp_path / "again")), whole[1])
-    other = tiny.make_recipe(**FIELDS, lr_decay="cosine", seed=1)
-    assert not tiny.same(tiny.everything(train(tmp_path / "other", recipe=other)), whole[1])
 
 
 @pytest.mark.parametrize(
@@ -715,16 +696,6 @@ def test_help_lists_every_option(capsys):
             assert f"--{name.replace('_', '-')} " in printed
     for name in ("--name", "--out", "--sample", "--steps", "--recipe", "--device", "--data"):
         assert name in printed
-
-
-def test_a_job_into_a_pipe_prints_lines_and_needs_no_stderr(tmp_path):
-    program = f"{sys.executable} {__file__} '~/my runs' --name=run 2>&-"
-    environment = {**os.environ, "HOME": str(tmp_path)}
-    done = subprocess.run(program, shell=True, cwd=tmp_path, env=environment, capture_output=True)
-    assert done.returncode == 0, done.stdout
-    assert b"\r" not in done.stdout and done.stdout.count(b"\niteration ") == 4
-    assert [path.name for path in tmp_path.iterdir()] == ["my runs"]
-    assert (tmp_path / "my runs/run/student.safetensors").exists()
 
 
 def test_the_file_as_a_program_prints_one_line(tmp_path):

@@ -191,16 +191,6 @@ def test_captions_and_vectors_are_the_encoders_own(place, latents):
         torch.testing.assert_close(clip.get([i])[1].vector, pooled, rtol=1e-4, atol=1e-5)
 
 
-def test_the_folder_says_what_it_is_made_of(place, latents):
-    wanted = {"steps": 3, "guidance": 5.0, "seed": 0, "shift": 6.0, "count": 11, "dtype": "float32"}
-    wanted |= {"model": str(place.model), "resolution": ["64x64", "32x48"]}
-    assert wanted.items() <= latents.about.items()
-    manifest = json.loads((place.made / "manifest.json").read_text())
-    assert sorted(i for s in manifest["shards"] for i in s["indices"]) == list(range(11))
-    names = {"manifest.json", *(s["name"] for s in manifest["shards"])}
-    assert contents(place.made).keys() == names  # no half file
-
-
 def test_the_plan_of_shards_is_a_pure_function():
     plan = data.plan_shards(range(5, 15), [(512, 512), (640, 384), (512, 512)], 3)
     assert [s["indices"] for s in plan] == [[0, 2, 3], [5, 6, 8], [9], [1, 4, 7]]
@@ -302,10 +292,7 @@ def test_the_model_may_move_but_not_change(place, copy, tmp_path, capsys):
 WRONG = {
     "--steps 0": "--steps",
     "--guidance 0.5": "--guidance 0.5: give a number from 1",
-    "--guidance nan": "--guidance nan",
-    "--nonsense": "--nonsense",
     "--resolution 64,48x40": "'48x40' is no size in multiples of 16",
-    "--resolution 64x": "'64x' is no size",
     f"--clip {ROOT}": "can't be loaded",
     f"--model {ROOT}": "transformer/ holds no .safetensors file",
     "--model no/such-model": "--model no/such-model: no such folder, and the hub gave none",
@@ -330,17 +317,6 @@ def test_damaged_models_are_refused(place, tmp_path, capsys):
     code = run(place, tmp_path / "out", "--model", folder)
     tiny.refused(capsys, code, "transformer/ holds no .safetensors file")
     assert not (tmp_path / "out").exists()
-
-
-def test_weights_are_those_that_from_pretrained_reads(place, tmp_path):
-    """An index wins over a single file that was left beside it, and a variant is not read."""
-    net = tiny_zimage.transformer(seed=3)
-    net.save_pretrained(tmp_path, max_shard_size="500KB")
-    single = place.model / "transformer" / "diffusion_pytorch_model.safetensors"
-    shutil.copy(single, tmp_path)
-    shutil.copy(single, tmp_path / "diffusion_pytorch_model.fp16.safetensors")
-    read = adapter.load_transformer(tmp_path, torch.float32).state_dict()
-    assert all(torch.equal(read[k], v) for k, v in net.state_dict().items())
 
 
 def test_a_lost_weight_is_refused(tmp_path):
@@ -371,17 +347,9 @@ def test_a_turbo_model_is_warned_of(place, tmp_path, capsys):
     assert "looks like Z-Image-Turbo" in capsys.readouterr().out
 
 
-def test_trouble_on_the_way_ends_in_one_line(place, tmp_path, capsys, monkeypatch):
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        patch.setattr(ladd, "save_file", full)
-        tiny.refused(capsys, run(place, out), "No space left on device")
-    assert list(contents(out)) == ["manifest.json"]
+def test_a_latent_that_is_not_finite_is_refused(place, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(adapter, "sample_teacher", lambda *args: args[3].fill_(70_000.0))
-    tiny.refused(capsys, run(place, out), "a latent is not finite in float16")
+    tiny.refused(capsys, run(place, tmp_path / "out"), "a latent is not finite in float16")
 
 
 # ---- reading -------------------------------------------------------------------------------------
