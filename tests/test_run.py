@@ -43,10 +43,9 @@ def train(run, world=None, recipe=RECIPE, losses=(ladd.heads_loss, ladd.student_
 MEASURED = {"seconds", "samples_per_second", "peak_gb"}
 
 
-def log_of(run, without=MEASURED):
+def log_of(run):
     """metrics.jsonl without its clock."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in without} for line in lines]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in tiny.log_of(run)]
 
 
 def at_iteration(iteration, act, world=None):
@@ -300,7 +299,7 @@ def test_the_log_has_the_mean_of_each_window(tmp_path, whole):
         for name in ("heads_loss", "student_loss", "student_grad_norm"):
             values = [one[name] for one in part if name in one]
             assert line[name] == pytest.approx(sum(values) / len(values), rel=1e-9)
-    for line in log_of(tmp_path / "run", without=()):
+    for line in tiny.log_of(tmp_path / "run"):
         assert line["samples_per_second"] == pytest.approx(RECIPE.batch / line["seconds"])
         assert "peak_gb" not in line
 
@@ -318,7 +317,7 @@ def test_the_log_has_the_most_memory_of_a_gpu_since_the_last_line(tmp_path, monk
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: [*peaks, 4e9][0])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peaks.pop(0))
     train(tmp_path / "run", world, log_every=2)
-    assert [line["peak_gb"] for line in log_of(tmp_path / "run", without=())] == [3, 2, 1]
+    assert [line["peak_gb"] for line in tiny.log_of(tmp_path / "run")] == [3, 2, 1]
     assert ladd.run_command_line(lambda argv: None, []) == 0
     assert capsys.readouterr().out.endswith("\npeak_gb 4.000\n")
 

@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_flatten_with_path
 
 import tiny
 import tiny_zimage
-from test_zimage_data import kid_by_hand
 
 import ladd
 from processes import FORKS, on_ranks
@@ -241,7 +240,7 @@ def test_the_whole_job(alone, pipe):
         assert torch.equal(p, state[f"ema.{k}"])
     both = zip(student.parameters(), pipe.transformer.parameters(), strict=True)
     assert any(not torch.equal(a, b) for a, b in both)
-    lines = [json.loads(line) for line in (alone / "metrics.jsonl").read_text().splitlines()]
+    lines = tiny.log_of(alone)
     updates = [d["iteration"] for d in lines if "student_loss" in d]
     assert updates == [2, 4, 6]  # one student update for two of the heads
     (judged,) = (d for d in lines if "feature_diversity" in d)
@@ -421,21 +420,15 @@ TERMS = {  # name: (recipe, is the teacher sharded)
 def one_iteration(world):
     """The (heads' gradients, student's gradients) of an iteration, and its network calls."""
     state = ladd.State(world, world.recipe, CPU)
-    calls, steps = [], []
+    calls, seen = [], tiny.record_grads(state)
 
     def note(net, args):
         calls.append((net is state.student, torch.is_grad_enabled()))
 
-    def keep(opt, args, kwargs):
-        grads = [p.grad for group in opt.param_groups for p in group["params"]]
-        steps.append([g.full_tensor() if hasattr(g, "full_tensor") else g.clone() for g in grads])
-
     for net in (state.student, world.teacher):
         net.register_forward_pre_hook(note)
-    for opt in (state.heads_opt, state.student_opt):
-        opt.register_step_pre_hook(keep)
     ladd.train_step(state, world, world.recipe, 1)
-    return steps, calls
+    return [seen["heads"][0], seen["student"][0]], calls
 
 
 def term_gradients(model, data):
@@ -500,8 +493,8 @@ def test_feature_kid_equals_an_independent_one_on_any_ranks(together, model, dat
         found.append(torch.stack([m.double().flatten(1).mean(1) for m in maps]))
     x, y = torch.stack(found, 1)
     x, y = (((z - y.mean(0)) / (y.std(0) + 1e-3)).numpy() for z in (x, y))
-    kid = kid_by_hand(x, y)
-    kids = [kid_by_hand(x[rows], y[rows]) for rows in ([1, 2], [0, 2], [0, 1])]
+    kid = tiny.kid_by_hand(x, y)
+    kids = [tiny.kid_by_hand(x[rows], y[rows]) for rows in ([1, 2], [0, 2], [0, 1])]
     error = (2 / 3 * sum((k - sum(kids) / 3) ** 2 for k in kids)) ** 0.5
     for made in (judged(model, data), *(kid for _, kid in together[1].values())):
         assert made["feature_kid"] == pytest.approx(kid, rel=1e-3)

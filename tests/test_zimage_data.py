@@ -467,13 +467,6 @@ def pixels(run, name, seed):
     return np.stack([np.asarray(Image.open(path)) for path in paths])
 
 
-def kid_by_hand(x, y):
-    """The unbiased squared MMD under clean-fid's kernel (x.y / D + 1)^3."""
-    n, apart = len(x), ~np.eye(len(x), dtype=bool)
-    same = [((a @ a.T / a.shape[1] + 1) ** 3)[apart].sum() / (n * (n - 1)) for a in (x, y)]
-    return sum(same) - 2 * ((x @ y.T / x.shape[1] + 1) ** 3).mean()
-
-
 def features_of(images):
     resize = build_resizer("clean")
     small = [torch.from_numpy(resize(image)).permute(2, 0, 1) for image in images]
@@ -499,7 +492,7 @@ def test_figures_equal_independent_ones(place, judged):
         kid = []
         for seed, other in ((0, 1), (1, 2), (2, 0)):  # against the teacher's images of another seed
             x, y = pixels(judged, row["name"], seed), pixels(judged, "teacher@2", other)
-            kid.append(kid_by_hand(features_of(x), features_of(y)))
+            kid.append(tiny.kid_by_hand(features_of(x), features_of(y)))
         assert row["kid"] == pytest.approx(kid, abs=1e-6)
         assert row["kid_mean"] == pytest.approx(np.mean(kid), abs=1e-6)
         assert row["kid_std"] == pytest.approx(np.std(kid, ddof=1), abs=1e-6)

@@ -1,5 +1,8 @@
 """A made-up world for the tests: three small blocks as teacher, a table of random samples."""
 
+import json
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -134,6 +137,17 @@ def refused(capsys, code, *words):
     one_line(error, *words)
 
 
+def log_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def kid_by_hand(x, y):
+    """The unbiased squared MMD of features [n, D] under clean-fid's kernel (x.y / D + 1)^3."""
+    n, apart = len(x), ~np.eye(len(x), dtype=bool)
+    same = [((a @ a.T / a.shape[1] + 1) ** 3)[apart].sum() / (n * (n - 1)) for a in (x, y)]
+    return sum(same) - 2 * ((x @ y.T / x.shape[1] + 1) ** 3).mean()
+
+
 def flat(tensors):
     return torch.cat([t.detach().flatten() for t in tensors])
 
@@ -144,8 +158,10 @@ def weights(module):
 
 
 def grads(module):
-    """A copy of each parameter's gradient, None where there is none."""
-    return [None if p.grad is None else p.grad.detach().clone() for p in module.parameters()]
+    """A copy of each parameter's whole gradient, None where there is none."""
+    found = [p.grad for p in module.parameters()]
+    found = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in found]
+    return [None if g is None else g.detach().clone() for g in found]
 
 
 def record_grads(state):
