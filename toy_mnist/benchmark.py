@@ -81,7 +81,7 @@ def run_one(setting, seed, options):
         print(f"{setting.name}, seed {seed}: {run}", flush=True)
         toy = setting.make_world(recipe, options)
         teacher = setting.world in settings.SAMPLERS
-        line |= judged(toy, toy.teacher, sampler, (8, 4, 2, 1)) if teacher else distil(toy, run)
+        line |= judged(toy, toy.teacher, sampler, setting.steps) if teacher else distil(toy, run)
         line["device"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
         with FileLock(results.with_suffix(".lock")), ladd.replacing(results) as part:
             lines = [*tables.read_lines(results), line]
