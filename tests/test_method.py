@@ -141,10 +141,7 @@ def own_iteration(student, heads, stepped, world, recipe, b):
     return losses, {"heads": heads_grads, "student": student_grads}
 
 
-GAME = {"penalty_weight": 5.0, "misaligned_weight": 0.5, "anchor_weight": 1.0}
-GAME |= {"heads_see_t": True, "backward_simulation": True}
-TOY = {**GAME, "adv_weight": 0.5, "paired_share": 0.5, "distill_weight": 1.0, "distill_power": 2.0}
-TOY["distill_own"] = True
+TOY = {**ladd.GAME, **ladd.TARGETS}
 RECIPES = {
     "paper": {"share_noise": False},
     "hinge": {"heads_see_t": True, "gen_every": 2},
@@ -153,7 +150,7 @@ RECIPES = {
     "anchor": {"anchor_weight": 2.0},
     "distill": {"paired_share": 0.25, "distill_weight": 2.0},
     "simulation": {"backward_simulation": True, "paired_share": 0.5, "distill_weight": 1.0},
-    "ladd": GAME,
+    "ladd": ladd.GAME,
     "toy": TOY,
 }
 
@@ -769,7 +766,7 @@ def test_network_calls_per_iteration(world, changes, student, teacher, both):
     """3F, or 6F with gradients, and what terms add; as many whatever the draws: no rank waits.
 
     Of several micro-batches the student's turn repeats the guess and the teacher's look at it."""
-    recipe = tiny.make_recipe(gen_every=2, warmup=0, batch=4, **changes)
+    recipe = tiny.make_recipe(gen_every=2, batch=4, **changes)
     state, calls = tiny.make_state(world, recipe), []
     for name, module in (("teacher", world.teacher), ("student", state.student)):
 

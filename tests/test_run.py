@@ -432,10 +432,8 @@ def test_a_full_disk_is_one_line_and_the_run_can_go_on(tmp_path, never_killed, o
 # ---- ranks ---------------------------------------------------------------------------------------
 
 
-FULL = {"penalty_weight": 5.0, "misaligned_weight": 0.5, "anchor_weight": 1.0, "heads_see_t": True}
-FULL |= {"paired_share": 0.5, "distill_weight": 1.0, "distill_power": 2.0}
-FULL["backward_simulation"] = True
-FULL |= {"iterations": 6, "batch": 12, "share_noise": False, "clip": 1e9, "warmup": 0}
+FULL = {**ladd.GAME, **ladd.TARGETS, "distill_own": False}
+FULL |= {"iterations": 6, "batch": 12, "share_noise": False, "clip": 1e9}
 FULL["head_lr"] = 0.0  # else AdamW's first step, of the gradient's sign, enlarges rounding
 
 

@@ -523,8 +523,6 @@ def test_features_are_the_teachers_own_and_carry_gradients(toy):
     maps[-1].sum().backward()
     assert x_t.grad.abs().sum() > 0 and all(p.grad is None for p in world.teacher.parameters())
     assert torch.equal(world.head_cond(label), torch.eye(10)[label])
-    with pytest.raises(ladd.UserError, match="enc.9"):
-        toy(taps=("enc.9",))
 
 
 def test_the_teachers_samples_are_guided_as_the_recipe_says(toy):
