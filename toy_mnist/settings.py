@@ -268,7 +268,7 @@ SWEEPS = {  # field: {name of the setting: value}
     "adv_weight": {"adversarial-0": 0.0, "adversarial-1": 1.0},
     "loss": {"relativistic": "relativistic", "non-saturating": "nonsaturating"},
     "head_width": {"heads-narrow": 64},
-    "head_lr": {"lr-ratio-2": 2 * TOY.student_lr, "lr-ratio-10": 10 * TOY.student_lr},
+    "head_lr": {"lr-ratio-2": 2 * TOY.student_lr, "lr-ratio-20": 20 * TOY.student_lr},
     "time_probs": {"times-uniform": (0.25,) * 4},
     "taps": {"taps-encoder": TAPS[:2], "taps-middle": TAPS[2:3], "taps-decoder": TAPS[3:]},
     "samples": {"samples-1000": 1000, "samples-50000": 50_000},

@@ -42,7 +42,7 @@ OWN = {"taps": TAPS, "renoise_mean": 0.0, "head_width": 128, "head_lr": 2e-3}
 OWN["ema_half_life"] = 20_000.0
 
 # The default. The README says what each departure from the paper is for.
-TOY = ToyRecipe(**ladd.GAME, **ladd.TARGETS, **OWN, iterations=400, student_lr=4e-4)
+TOY = ToyRecipe(**ladd.GAME, **ladd.TARGETS, **OWN, iterations=850, student_lr=2e-4)
 # LADD proper: the game and the anchor, without stored noise or regression to a sample.
 MORE = {"iterations": 1500, "samples": 10_000, "student_lr": 1e-4, "lr_decay": "both"}
 RECIPES = {"toy": TOY, "ladd": ToyRecipe(**ladd.GAME, **OWN, **MORE)}
