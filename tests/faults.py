@@ -408,10 +408,11 @@ FAULTS = [
         16,
         "the student meets the heads of the first iteration",
         "ladd.py",
-        "        state.heads.requires_grad_(False)\n",
-        '        old = state.__dict__.setdefault("old", copy.deepcopy(state.heads))\n'
-        "        state.heads.load_state_dict(old.state_dict())\n"
-        "        state.heads.requires_grad_(False)\n",
+        "            backward(*loss_of_student(state, world, recipe, b, fake, x0_hat))\n",
+        '            old = state.__dict__.setdefault("old", copy.deepcopy(state.heads))\n'
+        "            newer, state.heads = state.heads, old.requires_grad_(False)\n"
+        "            backward(*loss_of_student(state, world, recipe, b, fake, x0_hat))\n"
+        "            state.heads = newer\n",
         "test_method.py::test_the_iteration_against_an_independent_one",
     ),
     # 17
