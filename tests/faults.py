@@ -687,7 +687,7 @@ FAULTS = [
         "a step of backward simulation too few",
         "ladd.py",
         "mask = b.t < t\n",
-        "mask = b.t + 0.2 < t\n",
+        "mask = b.t + 0.3 < t\n",
         "test_method.py::test_the_iteration_against_an_independent_one",
     ),
     Fault(
