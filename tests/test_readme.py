@@ -198,7 +198,7 @@ def lines_of(pattern):
 
 def test_the_files_keep_to_their_budgets():
     assert lines_of("ladd.py") <= 1238
-    assert lines_of("toy_mnist/*.py") <= 1714
+    assert lines_of("toy_mnist/*.py") <= 1716
     assert lines_of("zimage/*.py") <= 2334
     assert lines_of("tests/*.py") - lines_of("tests/faults.py") <= 5036
     assert not any("fmt: " + "off" in path.read_text() for path in ROOT.rglob("*.py"))

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 import ladd
-from toy_mnist.settings import GROUPS, REPORT, SETTINGS, Ablation, recipe_for
+from toy_mnist.settings import Ablation, GROUPS, recipe_for, REPORT, SAMPLERS, SETTINGS
 
 FIGURES = ("fid", "kid", "accuracy", "hue_entropy", "nfe", "ms_per_image")
 INTRODUCTION = """# The toy's benchmark
@@ -38,7 +38,9 @@ def identity(setting, budget):
     """What a line must say to be a run of the setting, whatever its seed."""
     changed = ladd.diff(recipe_for(setting, budget, seed=0), Ablation())
     recipe = {name: new for name, (_, new) in changed.items()}
-    return json.loads(json.dumps({"world": setting.world, "budget": budget, "recipe": recipe}))
+    about = {"world": setting.world, "budget": budget, "recipe": recipe}
+    about |= {"steps": setting.steps} if setting.world in SAMPLERS else {}
+    return json.loads(json.dumps(about))
 
 
 def found(lines, setting, budget):
