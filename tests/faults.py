@@ -544,7 +544,7 @@ FAULTS = [
         "ladd.py",
         "        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)",
         "        pass",
-        "test_run.py::test_a_full_disk_is_one_line_and_the_run_can_go_on",
+        "test_run.py::test_a_failed_write_leaves_the_old_file_and_nothing_beside_it",
     ),
     Fault(
         0,

@@ -429,6 +429,15 @@ def test_a_full_disk_is_one_line_and_the_run_can_go_on(tmp_path, never_killed, o
     assert_same_run(tmp_path / "run", never_killed)
 
 
+def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(OSError), ladd.replacing(path) as part:
+        part.write_text("half")
+        raise OSError
+    assert [*tmp_path.iterdir()] == [path] and path.read_text() == "old"
+
+
 # ---- ranks ---------------------------------------------------------------------------------------
 
 
