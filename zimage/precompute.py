@@ -10,6 +10,7 @@ again comes out alike. `python ladd.py --zimage --plan` says beforehand what it 
 import datetime
 import hashlib
 import json
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -45,7 +46,8 @@ def parse_options(argv):
     kinds = ("bfloat16", "float32")
     add("--dtype", default=kinds[0], choices=kinds, help="the teacher computes in it (%(default)s)")
     options = made.parse_args(argv)
-    check(options.guidance >= 1, f"--guidance {options.guidance}: give a number from 1, for none")
+    ok = 1 <= options.guidance < math.inf
+    check(ok, f"--guidance {options.guidance}: give a number from 1, which is none")
     return options
 
 
