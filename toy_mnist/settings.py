@@ -324,7 +324,7 @@ CLEAN = {"renoise_mean": -10.0, "renoise_std": 0.0}  # t_hat = sigmoid(-10): no 
 ADD = {**PAPER, **CLEAN, "exact_r1": 1e-5, "warmup": 0, "time_probs": (0.25,) * 4}
 ADD |= {"student_lr": TOY.student_lr, "head_lr": TOY.head_lr, "score_weight": 2.5}
 PEERS = [
-    Setting("teacher@50", "peers", {}, "on the students' noise", [*SAMPLERS][0], steps=(50,)),
+    Setting("teacher@50", "peers", {}, "on students' noise", "Euler on EDM's grid", steps=(50,)),
     *[Setting(f"teacher, {name}", "peers", {}, world=name) for name in SAMPLERS],
     Setting("regression", "peers", {"adv_weight": 0.0, "paired_share": 1.0}, "no adversarial loss"),
     Setting("add", "peers", ADD, "ADD, with the baseline's learning rates", "add", "paper"),

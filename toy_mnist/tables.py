@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 import ladd
-from toy_mnist.settings import Ablation, GROUPS, recipe_for, REPORT, SAMPLERS, SETTINGS
+from toy_mnist.settings import GROUPS, REPORT, SAMPLERS, SETTINGS, Ablation, recipe_for
 
 FIGURES = ("fid", "kid", "accuracy", "hue_entropy", "nfe", "ms_per_image")
 INTRODUCTION = """# The toy's benchmark
