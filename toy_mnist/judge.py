@@ -57,9 +57,7 @@ def save_file(folder, name, tensors, about):
 
 
 def conv(c_in, c_out, stride):
-    return nn.Sequential(
-        nn.Conv2d(c_in, c_out, 3, stride, padding=1), nn.GroupNorm(8, c_out), nn.SiLU()
-    )
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1), nn.GroupNorm(8, c_out), nn.SiLU())
 
 
 class JudgeNet(nn.Module):
@@ -99,11 +97,9 @@ def kernel(a, b, subsets=50, seed=0):
 
     before = np.random.get_state()
     np.random.seed(seed)  # clean-fid draws its subsets from numpy's global state
-    try:
-        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-        return float(kernel_distance(a, b, num_subsets=subsets))
-    finally:
-        np.random.set_state(before)
+    distance = kernel_distance(np.asarray(a), np.asarray(b), num_subsets=subsets)
+    np.random.set_state(before)
+    return float(distance)
 
 
 def entropy(hue, bins=36):

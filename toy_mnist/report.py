@@ -46,15 +46,12 @@ def judged_rows(world, student):
     figures = world.judge(x0[:n], label[:n])
     rows = [{"name": name, "steps": recipe.teacher_steps, **cost, **figures}]
 
-    def euler(v, z, y, index):
-        return ladd.sample_euler(world.guide(v), z, [1, 0.75, 0.5, 0.25], y)
-
-    def dpm(v, z, y, index):
-        return sample_dpm(world.guide(v), z, 4, y)
-
-    jobs = [("teacher@4", 4, world.teacher, euler), ("DPM-Solver++@4", 4, world.teacher, dpm)]
-    for steps in world.reported_steps():
-        jobs.append((f"student@{steps}", steps, student, world.sample_student(steps)))
+    guide, even = world.guide, [1, 0.75, 0.5, 0.25]
+    jobs = [
+        ("teacher@4", 4, world.teacher, lambda v, z, y, k: ladd.sample_euler(guide(v), z, even, y)),
+        ("DPM-Solver++@4", 4, world.teacher, lambda v, z, y, k: sample_dpm(guide(v), z, 4, y)),
+        *((f"student@{s}", s, student, world.sample_student(s)) for s in world.reported_steps()),
+    ]
     noise, label = world.draw_noise(n, recipe.seed, "judge")
     for name, steps, model, sampler in jobs:
         x, cost = world.run_sampler(sampler, model, noise, label, name)

@@ -4,7 +4,6 @@ What the core's recipe can't say is a field of `Ablation`. `heads_loss` and `stu
 it; `ladd.train` takes them in place of its own.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -87,18 +86,11 @@ def heads_loss(state, world, recipe, b, real, fake):
     real = [m.float() for m in real]
     for term in (exact_r1, gradient_penalty):
         if weight := getattr(recipe, term.__name__):
-            with in_float32(state.heads):  # they compare small differences
-                loss = loss + weight * term(state, world, recipe, b, real, fake)
+            dtype = state.heads.dtype
+            state.heads.dtype = torch.float32  # the term compares small differences
+            loss = loss + weight * term(state, world, recipe, b, real, fake)
+            state.heads.dtype = dtype
     return loss, metrics
-
-
-@contextlib.contextmanager
-def in_float32(heads):
-    dtype, heads.dtype = heads.dtype, torch.float32
-    try:
-        yield
-    finally:
-        heads.dtype = dtype
 
 
 def student_loss(state, world, recipe, b, fake, x0_hat):
@@ -265,6 +257,7 @@ SWEEPS = {  # field: {name of the setting: value}
     "heads_see_t": {"heads-not-told-t": False},
     "share_noise": {"noise-not-shared": False},
     "paired_share": {"paired-0": 0.0, "paired-1": 1.0},  # at 0 nothing is left to the squared error
+    "distill_own": {"no-own-target": False},
     "adv_weight": {"adversarial-0": 0.0, "adversarial-1": 1.0},
     "loss": {"relativistic": "relativistic", "non-saturating": "nonsaturating"},
     "head_width": {"heads-narrow": 64},
@@ -288,6 +281,7 @@ ABLATIONS = [
     Setting("baseline", "ablations", {}, "the validated recipe"),
     *[Setting(name, "ablations", changes) for name, changes in CHANGES.items()],
     Setting("real-data", "ablations", CHANGES["ladd"], "digits of MNIST as real", "data", "ladd"),
+    Setting("heads-normed", "ablations", {}, "GroupNorm in the heads", "normed"),
     Setting("paper", "ablations", PAPER, "the paper's method", "normed"),
 ]
 

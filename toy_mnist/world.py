@@ -124,8 +124,6 @@ class ToyWorld(ladd.World):
         shares = self.judge.class_share  # the labels are drawn by them
         return {"teacher": self.about["sha256"], "class_share": shares, **own}
 
-    # ---- the teacher's samples
-
     @functools.cached_property
     def samples(self):
         """What the student learns from: made, or read from the cache, at the first batch."""
@@ -182,8 +180,6 @@ class ToyWorld(ladd.World):
             images.append(sampler(counted, z, y, index).clamp(-1, 1).cpu())
         ms = (time.time() - began) / len(noise) * 1e3
         return torch.cat(images), {"nfe": sum(passes) / len(noise), "ms_per_image": ms}
-
-    # ---- the student's samples
 
     def reported_steps(self):
         return [s for s in (4, 2, 1) if s <= len(self.recipe.times)]
