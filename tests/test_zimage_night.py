@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import ladd
+import tiny_zimage
 from processes import FORKS
 from zimage import evaluate, plan, precompute, rehearse, sweep
 
@@ -61,7 +62,7 @@ def launch(gpus, words, log, until=None):
     return log.read_text()[len(before) :]
 
 
-@pytest.mark.parametrize("gpus, recipe", [(1, "zimage-lora"), (2, "zimage")])
+@pytest.mark.parametrize("gpus, recipe", [(1, "zimage-lora"), (2, "zimage-clip")])
 def test_a_rehearsal_goes_the_whole_path(
     gpus, recipe, model, tmp_path, capsys, monkeypatch, no_inception
 ):
@@ -77,6 +78,9 @@ def test_a_rehearsal_goes_the_whole_path(
     real_trace = plan.trace
     monkeypatch.setattr(plan, "trace", trace)
     options = ["--model", model, "--gpus", gpus, "--out", tmp_path / "all.png", "--recipe", recipe]
+    if recipe == "zimage-clip":
+        assert start(rehearse.main, *options, *TINY) == 2 and "-model" in capsys.readouterr().err
+        options += ["--clip-model", tiny_zimage.save_clip(tmp_path / "clip")]
     assert start(rehearse.main, *options, *TINY, "--resolution", "32") == 0
     said, log = capsys.readouterr().out.splitlines(), (tmp_path / "all.log").read_text()
     assert said[-1] == "ready" and "KID: plumbing only" in said
@@ -87,7 +91,8 @@ def test_a_rehearsal_goes_the_whole_path(
     assert f"by each of {gpus} ranks" in log and log.count("going on from") == 1
     assert [log.count(f"iteration {i} of 6") for i in (1, 2, 3, 4, 6)] == [1] * 5
     assert "planned 2.00 s at 50 % of the peak" in said[-3] and "2.50 s at 40 %" in said[-3]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.log", "all.png"]
+    left = {path.name for path in tmp_path.iterdir()} - {"clip"}
+    assert left == {"all.log", "all.png"}
     with Image.open(tmp_path / "all.png") as picture:
         assert picture.size == (3 * 300, 4 * 300)
 

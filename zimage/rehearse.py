@@ -111,6 +111,7 @@ def rehearse(place, options, recipe, more, planned):
     kind = ["--device", options.device, "--dtype", options.dtype]
     drawn = ["--prompts", place / "prompts.txt", "--resolution", f"{width}x{height}", *kind]
     shards = ["--model", model, "--out", place / "data", "--shard-size", 4]
+    shards += ["--clip", options.clip_model] if options.clip_model else []
     stage(f"precompute {len(prompts)} prompts", gpus, "-m", "zimage.precompute", *shards, *drawn)
     train = [ladd.__file__, "--zimage", *more, *kind, "--model", model, "--data", place / "data"]
     train += ["--out", run.parent, "--name", run.name, "--iterations", 6, "--log-every", 1]
@@ -153,10 +154,13 @@ def main(argv=None):
     add("--gpus", type=sample.positive, default=max(1, here), metavar="N", help=text)
     text = "the picture (%(default)s); the log is beside it"
     add("--out", type=Path, default=Path("rehearsal.png"), metavar="PNG", help=text)
+    add("--clip-model", metavar="ID_OR_DIR", help="the CLIP model of --recipe zimage-clip")
     own, more = parser.parse_known_args(argv)
     _, options, recipe = ladd.parse(["--zimage", *more])
     vars(options).update(vars(own))
     check(options.out.suffix == ".png", f"--out {options.out}: give a .png file")
+    ok = options.clip_model or recipe.text_vector == "qwen"
+    check(ok, "--clip-model: name the CLIP model whose text vectors this recipe's heads read")
     options.device = options.device or ("cuda" if here else "cpu")
     options.dtype = options.dtype or ladd.default_dtype(torch.device(options.device))
     folder = adapter.model_folder(options.model) / "transformer"
