@@ -131,6 +131,7 @@ def step_times(times, n):
 
 def sample_student(velocity, recipe, noise, cond, steps, index=None):
     """noise [B, ...] -> x0 [B, ...] in so many steps. index [B] keys the sampler's fresh noise."""
+    cond = noise.new_zeros(len(noise), 0) if cond is None else cond  # as `read_batch` has it
     index = range(len(noise)) if index is None else index
 
     def renoise(k):
@@ -649,7 +650,7 @@ class World:
     head = Head  # the class of the heads
 
     def __init__(self, teacher, recipe):
-        """teacher: nn.Module velocity(x_t [B, ...], t [B], cond) -> v [B, ...], float32, frozen."""
+        """teacher: nn.Module velocity(x_t [B, ...], t [B], cond) -> v [B, ...], float32."""
         self.teacher, self.recipe = teacher, recipe
 
     def make_student(self):
@@ -693,7 +694,7 @@ class World:
 
     def save(self, student, run, name="student"):
         """Write the student into the folder `run` by that name."""
-        save_weights(run / f"{name}.safetensors", student.state_dict(), {"kind": "student"})
+        save_weights(Path(run) / f"{name}.safetensors", student.state_dict(), {"kind": "student"})
 
     def finish(self, student, run):
         """The command line's end (`train` has none): save the student, and report on it."""
@@ -725,12 +726,12 @@ class State:
 
     @contextlib.contextmanager
     def averaged(self):
-        """Inside, weights and average trade places: no second model is held."""
+        """Inside, weights and average trade places, in eval mode: no second model is held."""
         self.ema.swap(self.student)
         try:
-            yield self.student
+            yield self.student.eval()
         finally:
-            self.ema.swap(self.student)
+            self.ema.swap(self.student.train())
 
 
 def adamw(model, recipe):
@@ -806,6 +807,7 @@ def train(world, recipe, run, options=None, losses=None):
         check(part % 2 == 0, f"batch = {recipe.batch}: give each rank an even number of samples")
         ok = part % size == 0 and size % 2 == 0  # misaligned pairs are neighbours
         check(ok, f"--micro-batch {size:g}: give an even part of batch / ranks = {part:g}")
+        world.teacher.eval().requires_grad_(False)
         device = next(world.teacher.parameters()).device
         state = State(world, recipe, device, getattr(torch, options.dtype))
         on_rank0(lambda: write_json(run / "config.json", config))
@@ -854,7 +856,8 @@ def claim(run, config, resume, stack):
     if new:  # the folder is deleted if the run can't start
         stack.callback(lambda: (run / "config.json").exists() or shutil.rmtree(run))
     if (run / "config.json").exists():
-        check(resume, f"--name {run.name}: {run} exists; give another name, or --resume it")
+        way_out = "give another name, or --resume it (in Python: Options(resume=True))"
+        check(resume, f"--name {run.name}: {run} exists; {way_out}")
         old, asked = json.loads((run / "config.json").read_text()), config["recipe"]["iterations"]
         changed = diff(config["recipe"], old["recipe"]) | diff(config["data"], old["data"])
         changed.pop("iterations", None)  # a run may be made longer
@@ -1123,8 +1126,10 @@ def add_fields(group, defaults):
     """An option per field of a dataclass instance, with its value as the default in --help."""
     for f in dataclasses.fields(defaults):
         settings = {"nargs": "?", "const": True} if f.type is bool else {}
-        help = f"{f.metadata['help']} ({getattr(defaults, f.name)})".replace("%", "%%")
-        group.add_argument(f"--{f.name.replace('_', '-')}", metavar="X", help=help, **settings)
+        value, metavar = getattr(defaults, f.name), "|".join(f.metadata["choices"] or "X")
+        value = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        help = f"{f.metadata['help']} ({value})".replace("%", "%%")
+        group.add_argument(f"--{f.name.replace('_', '-')}", metavar=metavar, help=help, **settings)
 
 
 def given(options, cls):

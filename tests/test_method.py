@@ -280,6 +280,8 @@ def test_student_sampler_takes_its_steps_and_keys_each_samples_noise(world, samp
     # A sample is the same in whatever company it is made; another index is another noise.
     alone = ladd.sample_student(student, recipe, noise[2:], cond[2:], 4, torch.tensor([2]))
     assert_close(alone, out[2:], rtol=0, atol=1e-6)
+    ladd.sample_student(v, recipe, noise, None, 1)
+    assert v.calls[-1][2].shape == (3, 0)  # as the networks get it in training
     other = ladd.sample_student(student, recipe, noise[2:], cond[2:], 4, torch.tensor([7]))
     assert torch.equal(other, alone) == (sampler == "euler")
 
@@ -601,6 +603,8 @@ def test_without_a_half_life_the_last_weights_serve(world):
     last = tiny.weights(state.student)
     with state.averaged() as student:
         assert torch.equal(tiny.weights(student), last) and state.ema.mean == []
+        assert not student.training
+    assert state.student.training
 
 
 HEADS_MOVE, STUDENT_MOVES = {"heads", "heads_opt"}, {"student", "student_opt", "ema"}

@@ -190,6 +190,15 @@ def test_a_cut_off_checkpoint_is_passed_over_aloud(tmp_path, whole, capsys):
     assert log_of(tmp_path / "run") == log_of(whole[0])
 
 
+def test_the_teacher_is_frozen_whatever_its_mode(tmp_path):
+    world = tiny.World(RECIPE)
+    before = tiny.weights(world.teacher.train().requires_grad_(True))
+    state = train(tmp_path / "run", world)
+    assert not any(m.training for m in world.teacher.modules())
+    assert not any(p.requires_grad for p in world.teacher.parameters())
+    assert torch.equal(tiny.weights(world.teacher), before) and state.student.training
+
+
 def test_checkpoints_are_kept_as_asked(tmp_path):
     (tmp_path / "checkpoints" / "step-0000006").mkdir(parents=True)  # cut off by a kill
     for step in (2, 3, 4):
@@ -702,6 +711,7 @@ def test_help_lists_every_option(capsys):
             assert f"--{name.replace('_', '-')} " in printed
     for name in ("--name", "--out", "--sample", "--steps", "--recipe", "--device", "--data"):
         assert name in printed
+    assert "euler|renoise" in printed and "(1.0,0.75,0.5,0.25)" in printed  # as it is to be typed
 
 
 def test_the_file_as_a_program_prints_one_line(tmp_path):

@@ -731,7 +731,7 @@ BAD_JOB = {
     "--teacher-steps 0": ["teacher_steps"],
     "--taps enc.9": ["enc.9"],
     "--weights /nowhere": ["/nowhere/teacher.safetensors"],
-    "--sample --name absent": ["absent"],
+    "--sample --name absent": ["absent holds no finished student"],
 }
 
 

@@ -164,7 +164,8 @@ def test_the_page_adds_up_and_writes_nothing(tmp_path, monkeypatch):
     assert judged == pytest.approx(prompts * 3 * 64 * 1e9 / 1e11, rel=5e-3)
     assert money == pytest.approx(3 * float(rows["together"][1]), abs=0.02)
     assert rows["micro-batch 4 fits; largest:"] == ["8"] and not list(tmp_path.iterdir())
-    with pytest.raises(ladd.UserError, match="give a multiple of --gpus"):
-        plan.plan(RECIPE, options("--gpus 3"), CONFIG)
+    for gpus in (3, 0):
+        with pytest.raises(ladd.UserError, match=f"give a multiple of --gpus {gpus}"):
+            plan.plan(RECIPE, options(f"--gpus {gpus}"), CONFIG)
     with pytest.raises(ladd.UserError, match="'foo'.* is no layer"):
         plan.plan(dataclasses.replace(RECIPE, taps=("foo",)), options(""), CONFIG)

@@ -77,7 +77,7 @@ def run_one(setting, seed, options):
 
     with contextlib.suppress(Timeout), FileLock(f"{run}.lock", blocking=False):
         if seed in tables.found(tables.read_lines(results), setting, options.budget):
-            return
+            return print(f"{setting.name}, seed {seed}: in {results} already")
         print(f"{setting.name}, seed {seed}: {run}", flush=True)
         toy = setting.make_world(recipe, options)
         teacher = setting.world in settings.SAMPLERS
@@ -125,7 +125,8 @@ def budget_of(options):
 def main(argv):
     options = parse(argv)
     if options.report:
-        return tables.write(options.docs, tables.read_lines(options.results))
+        tables.write(options.docs, tables.read_lines(options.results))
+        return print(f"{options.docs / 'benchmark.md'} and benchmark.png")
     options.budget = budget_of(options)
     options.out.mkdir(parents=True, exist_ok=True)
     failed = []

@@ -65,8 +65,7 @@ class Attention(nn.Module):
         q, k, v = qkv.transpose(-1, -2).unbind(1)  # [B, heads, HW, c] each
         # Written out: on a CPU 49 places are too few for torch's fused attention to pay.
         attention = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
-        y = attention @ v
-        return x + self.out(y.transpose(-1, -2).reshape(b, c, h, w))
+        return x + self.out((attention @ v).transpose(-1, -2).reshape(b, c, h, w))
 
 
 class Stage(nn.Module):

@@ -70,11 +70,10 @@ def in_words(world, rows):
         *(ROW.format(**row) for row in rows),
         "",
         f"FID divided by that of {rows[0]['name']}: " + ", ".join(ratios) + ".",
-        "FID and KID compare features of the toy's judge.",
-        f"A row has {n:,} images; they are compared with 10,000 real ones.",
+        f"A row has {n:,} images, compared with 10,000 real ones by features of the toy's judge.",
         f"{count:,} real ones: FID {floor:.2f}, hue entropy {world.judge.hue_entropy:.3f}.",
-        f"The teacher is guided by {r.guidance:g} for {r.guidance_low:g} <= t <= "
-        f"{r.guidance_high:g}. The student is not.",
+        f"The teacher is guided, by {r.guidance:g}. The student is not.",
+        f"{rows[0]['name']} is judged on the samples that the student learnt from: other noise.",
     ]
     return "\n".join(lines)
 
@@ -152,10 +151,9 @@ def draw_curve(ax, lines, batch, title, names, level, meaning, scale):
     ax.axhline(level, color="grey", linestyle="--", label=meaning)
     ax.set_xlabel("images seen", fontsize=12)
     ax.set_ylabel(title, fontsize=12)
-    ax.set_yscale(scale)
+    ax.set(yscale=scale, xlim=(0, None))
     ax.yaxis.set_major_formatter("{x:g}")  # no powers of ten
     ax.yaxis.set_minor_formatter("{x:g}")
-    ax.set_xlim(0)
     ax.legend(fontsize=10)
 
 

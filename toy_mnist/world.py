@@ -51,7 +51,7 @@ OPTIONS = ladd.Options()
 
 def add_arguments(group):
     add = group.add_argument
-    add("--judge-samples", type=int, default=2000, help="images behind a row of the table (2000)")
+    add("--judge-samples", type=int, default=2000, help="images behind a row (%(default)s)")
     add("--gif", action="store_true", help="make training.gif of the sample grids of the run")
     add("--weights", default=WEIGHTS, metavar="DIR", help="folder of teacher and judge")
 
@@ -224,6 +224,8 @@ class ToyWorld(ladd.World):
 
     def sample(self, run, steps):
         """--sample: a grid from a finished run."""
+        done = (run / "student.safetensors").exists()
+        ladd.check(done, f"--sample: {run} holds no finished student; train it, or --resume it")
         tensors, _ = ladd.load_weights(run / "student.safetensors", "toy student")
         student = self.make_student().eval()
         student.net.load_state_dict(tensors)

@@ -185,9 +185,9 @@ def trace(recipe, options, n, student_turn=True, config=None):
 @contextlib.contextmanager
 def fake_rank(recipe, options):
     """Inside, this is one of --gpus ranks. Yields `ladd.Options` with micro_batch filled in."""
-    part = recipe.batch / options.gpus
-    why = f"batch = {recipe.batch}: give a multiple of --gpus, two samples for each"
-    ladd.check(part % 1 == 0 and part >= 2, why)
+    part = recipe.batch / max(options.gpus, 1)
+    why = f"batch = {recipe.batch}: give a multiple of --gpus {options.gpus}, two samples for each"
+    ladd.check(options.gpus > 0 and part % 1 == 0 and part >= 2, why)
     from zimage.world import OPTIONS  # which imports this module
 
     settings = dataclasses.replace(OPTIONS, **ladd.given(options, ladd.Options))
