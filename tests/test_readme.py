@@ -161,7 +161,7 @@ def test_the_table_of_results_is_drawn_from_the_benchmarks_runs():
 def test_what_departures_are_worth_is_drawn_from_the_benchmarks_runs():
     lines = tables.read_lines(ROOT / "toy_mnist" / "results.jsonl")
     budget = next(line["budget"] for line in lines if line["setting"] == "adversarial-0")
-    shown = re.findall(r"`([\w-]+)`: × ([\d.]+) / ([\d.]+) / ([\d.]+)", README)
+    shown = re.findall(r"`([\w-]+)`: × (\d+\.\d+) / (\d+\.\d+) / (\d+\.\d+)", README)
     assert len(shown) >= 5 and budget["iterations"] * budget["batch"] == 19_200
     for name, *ratios in shown:
         runs, others = (tables.found(lines, SETTINGS[k], budget) for k in (name, "baseline"))
