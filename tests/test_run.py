@@ -321,7 +321,8 @@ def test_the_log_has_the_most_memory_of_a_gpu_since_the_last_line(tmp_path, monk
         del world.teacher.parameters
         return state_of(world, recipe, tiny.CPU, dtype)
 
-    world.teacher.parameters = lambda: iter([types.SimpleNamespace(device=torch.device("cuda"))])
+    parameter = types.SimpleNamespace(device=torch.device("cuda"), requires_grad_=bool)
+    world.teacher.parameters = lambda: iter([parameter])
     monkeypatch.setattr(ladd, "State", on_the_cpu)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: [*peaks, 4e9][0])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peaks.pop(0))
