@@ -796,7 +796,7 @@ def train(world, recipe, run, options=None, losses=None):
     """Distil into the folder `run`, which is made, or resumed. Returns the finished `State`.
 
     Works from a script, a notebook or a thread. UserError where the run can't start or go on.
-    losses: as in `train_step`.
+    losses: as in `train_step`. The world's teacher gets frozen.
     """
     options, run = options or Options(), Path(os.path.expanduser(run))
     with contextlib.ExitStack() as stack:

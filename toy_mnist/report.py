@@ -72,8 +72,8 @@ def in_words(world, rows):
         f"FID divided by that of {rows[0]['name']}: " + ", ".join(ratios) + ".",
         f"A row has {n:,} images, compared with 10,000 real ones by features of the toy's judge.",
         f"{count:,} real ones: FID {floor:.2f}, hue entropy {world.judge.hue_entropy:.3f}.",
-        f"The teacher is guided, by {r.guidance:g}. The student is not.",
-        f"{rows[0]['name']} is judged on the samples that the student learnt from: other noise.",
+        f"Teacher: guided by {r.guidance:g} for {r.guidance_low:g} <= t <= {r.guidance_high:g}.",
+        f"Student: not guided. {rows[0]['name']} is judged on other noise.",
     ]
     return "\n".join(lines)
 
