@@ -14,7 +14,7 @@ from scipy import stats
 
 import ladd
 import tiny
-from test_toy import grey_digits, random_net
+from test_toy import random_net
 from toy_mnist import benchmark, judge, settings, tables
 from toy_mnist.settings import BASE, SETTINGS, Ablation, recipe_for
 
@@ -195,15 +195,18 @@ def test_adds_heads_read_a_classifier_of_clean_images(argv, monkeypatch):
     assert train_once(toy)[1]["score_loss"] > 0
 
 
-def test_real_digits_are_none_that_the_judge_knows_and_have_no_noise(argv, monkeypatch):
+def test_real_digits_are_of_the_samples_labels_and_none_that_the_judge_knows(argv, monkeypatch):
     assert settings.UNSEEN == 2 * judge.REFERENCE + judge.CURVE
-    grey, label = grey_digits(60)
+    label = torch.arange(60) % 10
+    grey = (4 * torch.arange(60)).byte()[:, None, None].expand(60, 28, 28)  # told by brightness
     monkeypatch.setattr(settings, "load_mnist", lambda root: (grey, label))
     monkeypatch.setattr(settings, "UNSEEN", 40)
     toy = make_toy(argv, "real-data")
-    assert torch.equal(toy.samples.label, label[40:])
-    assert torch.equal(toy.samples.x0.amax(1) > -1, grey[40:] > 0)
-    assert toy.batch(3, 5)[2] is None and "student_loss" in train_once(toy)[1]
+    x0, y, noise, real = toy.batch(3, 50)
+    assert all(map(torch.equal, (x0, y, noise), settings.ToyWorld.batch(toy, 3, 50)[:3]))
+    shown = ((real.amax((1, 2, 3)) + 1) / 2 * 255 / 4).round().long()
+    assert torch.equal(label[shown], y) and shown.min() >= 40 and len(shown.unique()) > 15
+    assert torch.equal(toy.batch(5, 2)[3], real[2:4]) and "student_loss" in train_once(toy)[1]
 
 
 def test_finished_runs_are_lines_and_are_not_run_again(argv, tmp_path, capsys):
@@ -267,7 +270,7 @@ def test_tables_and_picture_hold_the_numbers_of_the_lines_alone(tmp_path):
     for k, (two, alarm) in enumerate(((3.2, 7), (3.0, None), (3.3, 5))):
         more = dict(seed=k, collapsed=bool(alarm), first_alarm=alarm)
         lines.append(made_up("relativistic", 9 + k, two, 1 + k / 10, **more))
-    for k, name in enumerate(("real-data", "ladd")):
+    for k, name in enumerate(("add", "paper")):
         lines += [made_up(name, seed=k, diverged="made up"), made_up(name, 5, 5, 5, seed=1 - k)]
     lines += [made_up("lr-ratio-2", 77, 77, 77, recipe={"beta1": 0.5})]  # no setting's today
     tables.write(tmp_path, lines[::-1])
@@ -279,7 +282,7 @@ def test_tables_and_picture_hold_the_numbers_of_the_lines_alone(tmp_path):
     expected = {"departs by": "loss = relativistic", "seeds": "0, 1, 2", "kid": "0.75 / 0.5 / 0.25"}
     expected |= {"first alarm": "7, –, 5", "collapsed": "2 of 3", "fid against": verdict}
     assert rows["relativistic"] == {**rows["relativistic"], **expected}
-    assert rows["real-data"]["fid against"] == "untested (ladd)"
+    assert rows["add"]["fid against"] == "untested (paper)"
     assert (
         "77" not in text and "heads-narrow, lr-ratio-2, " in text and "10 runs, 1.0 hours" in text
     )

@@ -77,13 +77,8 @@ def save_clip(folder):
     torch.manual_seed(7)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 2, "projection_dim": 24}
-    text = {
-        **sizes,
-        "vocab_size": 514,
-        "bos_token_id": 512,
-        "eos_token_id": 513,
-        "pad_token_id": 513,
-    }
+    text = {**sizes, "vocab_size": 514, "bos_token_id": 512}
+    text |= {"eos_token_id": 513, "pad_token_id": 513}
     vision = {**sizes, "image_size": 24, "patch_size": 8}
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
     transformers.CLIPModel(config).save_pretrained(folder)
