@@ -102,7 +102,7 @@ def guided(velocity, null_cond, w, interval=(0.0, 1.0)):
     return guided_velocity
 
 
-# ---- 2. Sampling: N times mean N evaluations; the last step goes to t = 0 ------------------------
+# ---- 2. Sampling: one evaluation for each time; the last step goes to t = 0 ----------------------
 
 
 @torch.no_grad()
@@ -124,7 +124,7 @@ def sample_euler(velocity, noise, times, cond, renoise=None):
 
 
 def step_times(times, n):
-    """The n times of an n-step sampler, spread evenly over the student's: 2 of 4 are [1, 0.5]."""
+    """The n times of an n-step sampler, about evenly among the student's: 2 of 4 are [1, 0.5]."""
     check(1 <= n <= len(times), f"--steps {n}: give 1 to {len(times)}, the student's own steps")
     return [times[k * len(times) // n] for k in range(n)]
 
@@ -187,7 +187,7 @@ class Head(nn.Module):
 
     DEPARTURE: the mean and deviation of maps f of real samples standardise each channel. They stay
     fixed. A normalisation layer such as GroupNorm would weaken the discriminator (R3GAN, arXiv
-    2501.05441) and remove each sample's own mean and contrast. A side over 8 is halved by a stride.
+    2501.05441) and remove each sample's own mean and contrast. A stride halves a map over 8 wide.
     """
 
     def __init__(self, f, width, emb):
@@ -212,7 +212,7 @@ class Heads(nn.Module):
     """One head per tap. Each is conditioned on t_hat and on the sample's condition.
 
     DEPARTURE: with see_t each is conditioned on the student's own t too.
-    maps: of each tap, to be standardised by. cond_dim: D, the length of a condition vector.
+    maps: of real samples, for the constants of `Head`. cond_dim: the length of a condition vector.
     dtype: what the heads compute in; their weights are float32. head: the class of each head.
     """
 
@@ -314,8 +314,8 @@ class Recipe:
     paired_share: float = field(0.0, "share that starts from the noise that made x0", most=1)
     distill_weight: float = field(0.0, "weight of the squared error to a known target")
     distill_power: float = field(0.0, "divide that error by t to this power (2: an error of v)")
-    distill_own: bool = field(False, "t = 1, fresh noise: target is its many-step sample, +1 F")
-    backward_simulation: bool = field(False, "start at t < 1 where own steps from t = 1 lead, +1 F")
+    distill_own: bool = field(False, "other noise at t = 1 aims at the student's own sample, +1 F")
+    backward_simulation: bool = field(False, "at t < 1 start where its own steps lead, +1 F")
     ema_half_life: float = field(10_000.0, "half-life of the average, in samples (0 = no average)")
     ema_ramp: float = field(0.1, "half-life: at most this share of the samples so far", least=1e-6)
     taps: tuple[str, ...] = field((), "modules of the teacher that the heads read")
@@ -344,7 +344,7 @@ TARGETS |= {"distill_weight": 1.0, "distill_power": 2.0, "distill_own": True}
 
 
 # ---- 7. Draws: keyed by what they are for, made on the CPU, except the penalty's noise -----------
-# A checkpoint needs no random state. The joint batch, of all ranks together, is the same on 1 or 8.
+# No random state is saved (use no dropout). The joint batch of all ranks is that of a single one.
 
 
 def generator(*key, device="cpu"):
@@ -490,7 +490,7 @@ def rows_of(mask):
 def heads_loss(state, world, recipe, b, real, fake):
     """Loss of the heads, and metrics. real, fake: maps [B, C, H, W] per tap, without gradient."""
     cond = world.head_cond(b.cond)
-    told_real, told_fake = (b.t_real, cond, b.t), (b.t_hat, cond, b.t)
+    told_real, told_fake = (b.t_real, cond, b.t), (b.t_hat, cond, b.t)  # b.t: of the fake
     real_logits, fake_logits = state.heads(real, *told_real), state.heads(fake, *told_fake)
     b.real_logits = [r.detach() for r in real_logits]
     loss = mean_over_heads(LOSSES[recipe.loss][0], real_logits, fake_logits)
@@ -606,7 +606,7 @@ def clip_and_step(state, recipe, i, name):
     """Clip and step the "heads" or the "student", if finite on all ranks. Returns the norm."""
     model, opt = getattr(state, name), getattr(state, f"{name}_opt")
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    mean_over_ranks_([g for g in grads if not hasattr(g, "full_tensor")])  # FSDP's are averaged
+    mean_over_ranks_([g for g in grads if not hasattr(g, "full_tensor")])  # FSDP averages its own
     norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     opt.param_groups[0]["lr"] = learning_rate(recipe, i, name == "student")
@@ -715,7 +715,7 @@ class State:
                 check(m.ndim == 4, f"taps: one gives {list(m.shape)}, not a map [B, C, H, W]")
             told = (world.head_cond(b.cond).shape[1], recipe.head_width, recipe.heads_see_t)
             self.heads = Heads(maps, *told, dtype, world.head).to(device)
-            # All ranks take rank 0's weights and constants: devices may differ in rounding.
+            # All ranks take rank 0's heads: devices may differ in the rounding of constants.
             for v in self.heads.state_dict().values() if world_size() > 1 else ():
                 dist.broadcast(v, 0)
         self.student_opt = adamw(self.student, recipe)
@@ -726,7 +726,7 @@ class State:
 
     @contextlib.contextmanager
     def averaged(self):
-        """Inside, weights and average trade places, in eval mode: no second model is held."""
+        """Inside, weights and average trade places, in eval mode: no third copy is needed."""
         self.ema.swap(self.student)
         try:
             yield self.student.eval()
@@ -735,7 +735,7 @@ class State:
 
 
 def adamw(model, recipe):
-    """AdamW with a state from the start. Else saving a checkpoint would make it by a real step."""
+    """AdamW with a state from the start. Else saving a checkpoint would take a step to make one."""
     fused = next(model.parameters()).is_cuda or None  # torch's default makes large temporaries
     betas = (recipe.beta1, recipe.beta2)
     opt = torch.optim.AdamW(model.parameters(), 0.0, betas, weight_decay=0.0, fused=fused)
@@ -781,7 +781,7 @@ class Options:
 
     resume: bool = field(False, "go on from the newest checkpoint, or start if there is none")
     micro_batch: int = field(0, "samples per pass and rank (0: batch / ranks)")
-    evaluate_every: int = field(200, "iterations between evaluations (0: never)")
+    evaluate_every: int = field(200, "iterations between evaluations; none at the end (0: never)")
     checkpoint_every: int = field(200, "iterations between checkpoints", least=1)
     keep: int = field(2, "checkpoints to keep", least=1)
     log_every: int = field(20, "iterations averaged in a line of metrics.jsonl", least=1)
@@ -946,7 +946,7 @@ def mean_over_ranks_(tensors):
 
 
 # ---- 12. Files: written under another name, then renamed, so a kill never leaves half a file -----
-# Weights and caches are safetensors. Checkpoints are trusted local files, complete with .metadata.
+# Not so metrics.jsonl and checkpoints. A checkpoint is complete once it has .metadata.
 
 
 @contextlib.contextmanager
