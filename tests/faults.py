@@ -273,8 +273,8 @@ FAULTS = [
         9,
         "labels of the toy shuffled against its samples",
         "toy_mnist/world.py",
-        "return x0[index], label[index], noise[index], x0[index]",
-        "return x0[index], label[index.flip(0)], noise[index], x0[index]",
+        "return x0[index], label[index], noise[index], real",
+        "return x0[index], label[index.flip(0)], noise[index], real",
         "test_toy.py::test_a_batch_holds_samples_with_the_noise_that_leads_to_them",
     ),
     # 10

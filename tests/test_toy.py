@@ -731,6 +731,7 @@ BAD_JOB = {
     "--teacher-steps 0": ["teacher_steps"],
     "--taps enc.9": ["enc.9"],
     "--weights /nowhere": ["/nowhere/teacher.safetensors"],
+    "--real data --data-root /nowhere": ["MNIST is not in /nowhere", "--data-root DIR"],
     "--sample --name absent": ["absent holds no finished student"],
 }
 

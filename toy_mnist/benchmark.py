@@ -100,7 +100,6 @@ def parse(argv):
     add("--out", type=Path, default=Path("runs/benchmark"), help="folder of the runs")
     add("--results", type=Path, default=HERE / "results.jsonl", help="file of the results")
     add("--docs", type=Path, default=HERE.parent / "docs", help="folder of the report")
-    add("--data-root", metavar="DIR", help="folder of MNIST/raw (else LADD_DATA, else ./data)")
     world.add_arguments(parser)
     ladd.add_fields(parser.add_argument_group("the budget"), settings.BASE)
     parser.set_defaults(judge_samples=10_000)

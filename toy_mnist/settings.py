@@ -13,12 +13,10 @@ from torch import nn
 
 import ladd
 from toy_mnist import progress
-from toy_mnist.data import ColorMNIST, load_mnist
 from toy_mnist.edm import null_cond, sample_dpm, sample_heun, time_grid
 from toy_mnist.judge import conv
 from toy_mnist.world import RECIPES, TAPS, TOY, ToyRecipe, ToyWorld
 
-UNSEEN = 22_000  # the judge compares with MNIST's digits before this one: none is learnt from
 # The heads' loss of a real and a fake logit, and the student's.
 ladd.LOSSES["relativistic"] = (  # R3GAN, arXiv 2501.05441, eq. 2
     lambda real, fake: F.softplus(fake - real),
@@ -181,22 +179,7 @@ class NormedWorld(ToyWorld):
     head = NormedHead
 
 
-class DataWorld(ToyWorld):
-    """The toy with digits of MNIST on the real side, each painted once, of the same labels."""
-
-    def __init__(self, recipe, options, device):
-        super().__init__(recipe, options, device)
-        self.data = ColorMNIST(*load_mnist(options.data_root), seed=recipe.samples_seed)
-
-    def batch(self, start, count):
-        x0, label, noise, _ = super().batch(start, count)
-        digits = self.data.label[UNSEEN:]
-        keys = range(start, start + count), digits.shape, self.recipe.seed, "digit"
-        scores = ladd.keyed_noise(*keys).masked_fill(label[:, None] != digits, -math.inf)
-        return x0, label, noise, self.data.batch(UNSEEN + scores.argmax(1), epoch=0)[0]
-
-
-WORLDS = {"toy": ToyWorld, "add": AddWorld, "data": DataWorld, "normed": NormedWorld}
+WORLDS = {"toy": ToyWorld, "add": AddWorld, "normed": NormedWorld}
 SAMPLERS = {  # of the teacher; a setting with one of them as its world trains nothing
     "Euler on EDM's grid": lambda v, z, n, y: ladd.sample_euler(v, z, time_grid(n), y),
     "Euler evenly": lambda v, z, n, y: ladd.sample_euler(v, z, [1 - k / n for k in range(n)], y),
@@ -269,6 +252,7 @@ SWEEPS = {  # field: {name of the setting: value}
     "gen_every": {"gen-every-3": 3, "gen-every-5": 5},  # as many iterations: fewer updates
     "batch": {"batch-2": 2, "batch-16": 16},  # as many iterations: fewer samples, and less time
     "ema_half_life": {"no-average": 0.0},
+    "real": {"real-data": "data"},  # it needs MNIST
     "exact_r1": {"exact-r1": 0.1},  # an iteration takes thrice as long
 }
 CHANGES = {name: {k: v} for k, values in SWEEPS.items() for name, v in values.items()}
@@ -280,7 +264,6 @@ PAPER = departures(ToyRecipe(taps=TAPS, warmup=50, share_noise=False))
 ABLATIONS = [
     Setting("baseline", "ablations", {}, "the validated recipe"),
     *[Setting(name, "ablations", changes) for name, changes in CHANGES.items()],
-    Setting("real-data", "ablations", {}, "digits of MNIST as real", "data"),
     Setting("heads-normed", "ablations", {}, "GroupNorm in the heads", "normed"),
     Setting("paper", "ablations", PAPER, "the paper's method", "normed"),
 ]

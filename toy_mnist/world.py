@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import ladd
 from toy_mnist import progress, report
+from toy_mnist.data import ColorMNIST, load_mnist
 from toy_mnist.edm import CUNet, EDMVelocity, null_cond, time_grid
 from toy_mnist.judge import WEIGHTS, Judge, load_file
 
@@ -23,6 +24,7 @@ SHAPE = (3, 28, 28)
 CHUNK = 250  # images sampled at once
 PART = 500  # samples of the teacher between two writes of the cache
 CURVE = 1000  # images behind each judged point of a run's curve
+UNSEEN = 22_000  # the judge compares with MNIST's digits before this one: none is shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,7 @@ class ToyRecipe(ladd.Recipe):
     guidance: float = ladd.field(1.3, "its classifier-free guidance w (1 = none)")
     guidance_low: float = ladd.field(0.2, "guidance holds from this t")
     guidance_high: float = ladd.field(0.8, "guidance holds up to this t")
+    real: str = ladd.field("teacher", "shown as real: its samples, or MNIST", ("teacher", "data"))
 
 
 TAPS = ("enc.1", "enc.3", "mid.1", "dec.1", "dec.3")
@@ -53,6 +56,7 @@ def add_arguments(group):
     add = group.add_argument
     add("--judge-samples", type=int, default=2000, help="images behind a row (%(default)s)")
     add("--gif", action="store_true", help="make training.gif of the sample grids of the run")
+    add("--data-root", metavar="DIR", help="of MNIST/raw, for real = data (else LADD_DATA, ./data)")
     add("--weights", default=WEIGHTS, metavar="DIR", help="folder of teacher and judge")
 
 
@@ -96,6 +100,8 @@ class ToyWorld(ladd.World):
         teacher, self.about = load_teacher(options.weights, self.device, dtype)
         super().__init__(teacher, recipe)
         self.judge = Judge(options.weights, self.device)
+        if recipe.real == "data":
+            self.data = ColorMNIST(*load_mnist(options.data_root), seed=recipe.samples_seed)
 
     def features(self, x_t, t, cond):
         velocity = self.teacher
@@ -110,7 +116,15 @@ class ToyWorld(ladd.World):
     def batch(self, start, count):
         x0, label, noise, _ = self.samples
         index, _ = ladd.reader_indices(len(x0), start, count, self.recipe.seed)
-        return x0[index], label[index], noise[index], x0[index]
+        real = x0[index] if self.recipe.real == "teacher" else self.digits(start, label[index])
+        return x0[index], label[index], noise[index], real
+
+    def digits(self, start, label):
+        """For each label [B] one of MNIST's digits, by the place in the reader, painted once."""
+        found = self.data.label[UNSEEN:]
+        keys = range(start, start + len(label)), found.shape, self.recipe.seed, "digit"
+        scores = ladd.keyed_noise(*keys).masked_fill(label[:, None] != found, -torch.inf)
+        return self.data.batch(UNSEEN + scores.argmax(1), epoch=0)[0]
 
     def guide(self, velocity):
         """A velocity under the recipe's guidance."""
@@ -121,6 +135,7 @@ class ToyWorld(ladd.World):
         """What the samples are made of. Equal fingerprints: equal samples, but for rounding."""
         names = [f.name for f in dataclasses.fields(ToyRecipe)]
         own = {k: getattr(self.recipe, k) for k in names if not hasattr(ladd.Recipe, k)}
+        del own["real"]
         shares = self.judge.class_share  # the labels are drawn by them
         return {"teacher": self.about["sha256"], "class_share": shares, **own}
 
