@@ -146,14 +146,41 @@ def load(kind, folder, **options):
         raise UserError(f"{folder}: can't be loaded ({why}); name another") from error
 
 
-def load_transformer(folder, dtype):
-    """The transformer that lies in `folder` itself, in dtype, frozen. UserError where its files are
-    missing, damaged or lack a weight, which diffusers would fill with anything."""
-    kind = diffusers.ZImageTransformer2DModel
+def load_network(kind, folder, dtype):
+    """`load` of a network, in dtype, frozen. UserError where its files lack a weight, which the
+    library would fill with anything, or hold an unknown one."""
     model, found = load(kind, folder, dtype=dtype, output_loading_info=True)
     wrong = sorted(found["missing_keys"]) + sorted(found["unexpected_keys"])
     check(not wrong, f"{folder}: missing or unknown weights, {wrong[:1]} the first; name another")
     return model.eval().requires_grad_(False)
+
+
+def load_transformer(folder, dtype):
+    """The transformer that lies in `folder` itself."""
+    return load_network(diffusers.ZImageTransformer2DModel, folder, dtype)
+
+
+class Clip:
+    """A CLIP model, which computes in float32. Long prompts are cut at its 77 tokens."""
+
+    def __init__(self, model, device):
+        self.net = load_network(transformers.CLIPModel, model, torch.float32).to(device)
+        self.processor = load(transformers.CLIPProcessor, model)
+        self.dim = self.net.config.projection_dim
+
+    def inputs(self, **shown):
+        settings = {"return_tensors": "pt", "padding": True, "truncation": True, "max_length": 77}
+        return self.processor(**shown, **settings).to(self.net.device)
+
+    def vectors(self, prompts):
+        """The prompts' pooled, projected vectors [n, dim], on the CPU."""
+        pooled = self.net.text_model(**self.inputs(text=prompts)).pooler_output
+        return self.net.text_projection(pooled).cpu()
+
+    def score(self, image, prompt):
+        """The CLIP score of a PIL image: 100 max(cos, 0)."""
+        out = self.net(**self.inputs(text=[prompt], images=[image]))
+        return 100 * max(0.0, float(torch.cosine_similarity(out.image_embeds, out.text_embeds)))
 
 
 def load_pipeline(folder, dtype, device, **parts):

@@ -18,7 +18,6 @@ import sys
 from pathlib import Path
 
 import torch
-import transformers
 from cleanfid.fid import get_files_features, kernel_distance
 from PIL import Image
 
@@ -86,25 +85,6 @@ def inception(folder, device):
         raise UserError(f"--features {folder}: {why}; {way_out}") from error
 
 
-def clip_scorer(model, device):
-    """The CLIP score: (PNGs, their prompts, cut at 77 tokens) -> the mean of 100 max(cos, 0)."""
-    net = adapter.load(transformers.CLIPModel, model).float().eval().to(device)
-    processor = adapter.load(transformers.CLIPProcessor, model)
-    settings = {"return_tensors": "pt", "padding": True, "truncation": True, "max_length": 77}
-
-    @torch.no_grad()
-    def score(paths, prompts):
-        scores = []
-        for path, prompt in zip(paths, prompts, strict=True):
-            image = Image.open(path).convert("RGB")
-            out = net(**processor(text=[prompt], images=[image], **settings).to(device))
-            cosine = torch.cosine_similarity(out.image_embeds, out.text_embeds)
-            scores.append(100 * max(0.0, float(cosine)))
-        return statistics.fmean(scores)
-
-    return score
-
-
 def judge(wanted, folders, prompts, options, features, clip):
     """The rows of the report. wanted: {Way: seeds}, the teacher first."""
     seeds, rows = options.seeds, []
@@ -126,7 +106,8 @@ def judge(wanted, folders, prompts, options, features, clip):
             # One subset of all images: subsets would add noise, and no information.
             row["kid"].append(kernel_distance(f, reference[other], 1, len(f)))
             if clip:
-                row["clip"].append(clip(paths(way, seed), prompts))
+                shown = zip(map(Image.open, paths(way, seed)), prompts, strict=True)
+                row["clip"].append(statistics.fmean(clip.score(*pair) for pair in shown))
         for name in ("kid", "clip"):
             values = row[name]
             row[f"{name}_mean"] = statistics.fmean(values) if values else None
@@ -173,7 +154,7 @@ def main(argv=None, features=None):
     wanted |= dict.fromkeys(others, seeds)
     if state.is_main_process:  # what can't be had is said before hours of sampling
         features = features or inception(options.features, options.device)
-        clip = clip_scorer(options.clip, options.device) if options.clip else None
+        clip = adapter.Clip(options.clip, options.device) if options.clip else None
     folders = {way: image_folder(run, way, prompts, options) for way in wanted}
     make_images(run, wanted, folders, prompts, options, state)
     state.wait_for_everyone()

@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 import torch
-import transformers
 from accelerate import PartialState
 from diffusers import ZImageTransformer2DModel
 from tqdm import tqdm
@@ -64,26 +63,6 @@ def count_tokens(tokenizer, prompts):
     return [len(ids) for ids in tokenizer(texts).input_ids]
 
 
-class Clip:
-    """A CLIP text encoder: clip(prompts) -> pooled, projected vectors [n, D], float32, on the CPU.
-    Long prompts are cut at its 77 tokens."""
-
-    def __init__(self, model, device):
-        kind = transformers.CLIPTextModelWithProjection
-        net, found = adapter.load(kind, model, output_loading_info=True)
-        lost = sorted(found["missing_keys"])
-        check(not lost, f"--clip {model}: no CLIP text encoder with projection; name another")
-        self.net, self.dim = net.float().eval().to(device), net.config.projection_dim
-        self.tokenizer = adapter.load(transformers.AutoTokenizer, model)
-
-    @torch.no_grad()
-    def __call__(self, prompts):
-        settings = {"padding": True, "truncation": True, "max_length": 77, "return_tensors": "pt"}
-        tokens = self.tokenizer(prompts, **settings).to(self.net.device)
-        ids, mask = tokens["input_ids"], tokens["attention_mask"]
-        return self.net(input_ids=ids, attention_mask=mask).text_embeds.cpu()
-
-
 class Teacher:
     """The pipeline with its text encoders, under the settings of the command line."""
 
@@ -99,7 +78,7 @@ class Teacher:
         captions = adapter.encode(self.pipe, prompts, options.batch)
         tensors = {"vector.qwen": torch.stack([c.float().mean(0) for c in captions]).cpu()}
         if self.clip:
-            tensors["vector.clip"] = self.clip(prompts)
+            tensors["vector.clip"] = self.clip.vectors(prompts)
         h, w = shard["height"] // adapter.PIXELS, shard["width"] // adapter.PIXELS
         for rows in adapter.batches(shard["lengths"], options.batch):
             some, indices = [captions[k] for k in rows], [shard["indices"][k] for k in rows]
@@ -159,7 +138,7 @@ def main(argv=None):
     options, state = parse_options(argv), start_ranks()
     rank, ranks, first = state.process_index, state.num_processes, state.is_main_process
     device, folder = ladd.pick_device(options.device), adapter.model_folder(options.model)
-    clip = Clip(options.clip, device) if options.clip else None
+    clip = adapter.Clip(options.clip, device) if options.clip else None
     manifest, prompts = make_manifest(options, argv, folder, clip)
     made_of, shards = manifest["made_of"], manifest["shards"]
     passes = len(prompts) * options.steps * (1 if options.guidance == 1 else 2)
