@@ -240,7 +240,7 @@ def test_a_kill_loses_the_shard_in_work_alone(place, tmp_path, monkeypatch, caps
     assert run(place, out, "--clip", place.clip) == 0
     made, whole = contents(out), contents(place.made)
     assert {**made, "manifest.json": 0} == {**whole, "manifest.json": 0}  # it holds the command
-    monkeypatch.setattr(precompute, "Teacher", None)  # whole: no model is loaded
+    monkeypatch.setattr(adapter, "load_transformer", None)  # whole: no model is loaded
     assert run(place, out, "--clip", place.clip) == 0
     assert "all 4 shards are there" in capsys.readouterr().out
 

@@ -17,6 +17,7 @@ import torch
 import transformers
 from einops import rearrange
 from torch import nn
+from tqdm import tqdm
 
 import ladd
 from ladd import UserError, check
@@ -81,6 +82,11 @@ def batches(lengths, size):
     for length in sorted(set(padded)):
         alike = [k for k, n in enumerate(padded) if n == length]
         yield from (alike[k : k + size] for k in range(0, len(alike), size))
+
+
+def progress(batches, words):
+    """The batches, with a bar on rank 0 where there is a terminal to show it."""
+    return tqdm(list(batches), words, disable=None if ladd.rank() == 0 else True)
 
 
 def parse_sizes(text):

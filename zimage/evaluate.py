@@ -66,7 +66,7 @@ def make_images(run, wanted, folders, prompts, options, state):
         way: [(s, i) for s in seeds for i in own if not png(folders[way], s, i).exists()]
         for way, seeds in wanted.items()
     }
-    for way, keys, made in sample.images(run, jobs, prompts, options, state.is_main_process):
+    for way, keys, made in sample.images(run, jobs, prompts, options):
         for key, image in zip(keys, to_bytes(made), strict=True):
             with ladd.replacing(png(folders[way], *key)) as part:
                 Image.fromarray(image).save(part, "PNG")

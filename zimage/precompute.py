@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from diffusers import ZImageTransformer2DModel
-from tqdm import tqdm
 
 import ladd
 from ladd import check, print0
@@ -63,35 +62,26 @@ def count_tokens(tokenizer, prompts):
     return [len(ids) for ids in tokenizer(texts).input_ids]
 
 
-class Teacher:
-    """The pipeline with its text encoders, under the settings of the command line."""
-
-    def __init__(self, folder, device, options, clip):
-        dtype = getattr(torch, options.dtype)
-        self.pipe = adapter.load_pipeline(folder, dtype, device, vae=None)
-        self.options, self.clip = options, clip
-        self.null = adapter.encode(self.pipe, [""])[0]  # the pipeline's own negative prompt
-
-    def make_shard(self, shard, prompts, progress):
-        """The tensors of a planned shard, whose prompts are given."""
-        options = self.options
-        captions = adapter.encode(self.pipe, prompts, options.batch)
-        tensors = {"vector.qwen": torch.stack([c.float().mean(0) for c in captions]).cpu()}
-        if self.clip:
-            tensors["vector.clip"] = self.clip.vectors(prompts)
-        h, w = shard["height"] // adapter.PIXELS, shard["width"] // adapter.PIXELS
-        for rows in adapter.batches(shard["lengths"], options.batch):
-            some, indices = [captions[k] for k in rows], [shard["indices"][k] for k in rows]
-            noise = torch.stack([adapter.noise_for(options.seed, i, h, w) for i in indices])
-            settings = self.null, noise, options.steps, options.guidance
-            latents = adapter.sample_teacher(self.pipe, some, *settings).half().cpu()
-            message = f"samples {indices}: a latent is not finite in float16"
-            check(latents.isfinite().all(), f"{message}; try --dtype float32 or less --guidance")
-            for k, x0 in zip(rows, latents, strict=True):
-                tensors[f"latent.{k}"] = x0
-                tensors[f"caption.{k}"] = captions[k].to("cpu", torch.bfloat16)
-            progress.update(len(rows))
-        return tensors
+def make_shard(pipe, clip, shard, prompts, options):
+    """The tensors of a planned shard, whose prompts are given."""
+    # The empty prompt is the pipeline's own negative one.
+    null, *captions = adapter.encode(pipe, ["", *prompts], options.batch)
+    tensors = {"vector.qwen": torch.stack([c.float().mean(0) for c in captions]).cpu()}
+    if clip:
+        tensors["vector.clip"] = clip.vectors(prompts)
+    h, w = shard["height"] // adapter.PIXELS, shard["width"] // adapter.PIXELS
+    batches = adapter.batches(shard["lengths"], options.batch)
+    for rows in adapter.progress(batches, shard["name"]):
+        some, indices = [captions[k] for k in rows], [shard["indices"][k] for k in rows]
+        noise = torch.stack([adapter.noise_for(options.seed, i, h, w) for i in indices])
+        settings = null, noise, options.steps, options.guidance
+        latents = adapter.sample_teacher(pipe, some, *settings).half().cpu()
+        message = f"samples {indices}: a latent is not finite in float16"
+        check(latents.isfinite().all(), f"{message}; try --dtype float32 or less --guidance")
+        for k, x0 in zip(rows, latents, strict=True):
+            tensors[f"latent.{k}"] = x0
+            tensors[f"caption.{k}"] = captions[k].to("cpu", torch.bfloat16)
+    return tensors
 
 
 def make_manifest(options, argv, folder, clip):
@@ -146,20 +136,16 @@ def main(argv=None):
     print0(f"{len(prompts):,} samples: {passes:,} passes of the teacher by a sample, {part}")
     out = options.out.expanduser()
     check_out(out, manifest)
-    own = shards[rank::ranks]
-    todo = [shard for shard in own if not data.is_whole(out, shard, made_of)]
-    # The model is loaded before anything is written, and only where it is needed.
-    teacher = Teacher(folder, device, options, clip) if todo else None
+    todo = [shard for shard in shards[rank::ranks] if not data.is_whole(out, shard, made_of)]
+    if todo:  # the model is loaded before anything is written, and only where it is needed
+        pipe = adapter.load_pipeline(folder, getattr(torch, options.dtype), device, vae=None)
     if first and not (out / "manifest.json").exists():
         ladd.write_json(out / "manifest.json", manifest)
     state.wait_for_everyone()
-    total, left = (sum(len(shard["indices"]) for shard in some) for some in (own, todo))
-    hidden = None if first else True  # None: shown on a terminal alone
-    with tqdm(total=total, initial=total - left, desc="samples", disable=hidden) as progress:
-        for shard in todo:
-            tensors = teacher.make_shard(shard, [prompts[i] for i in shard["indices"]], progress)
-            about = {"kind": data.SHARD_KIND, "made_of": made_of, **shard}
-            ladd.save_weights(out / shard["name"], tensors, about)
+    for shard in todo:
+        tensors = make_shard(pipe, clip, shard, [prompts[i] for i in shard["indices"]], options)
+        about = {"kind": data.SHARD_KIND, "made_of": made_of, **shard}
+        ladd.save_weights(out / shard["name"], tensors, about)
     state.wait_for_everyone()
     if first:
         for half in out.glob(".*.part"):  # a killed process left it

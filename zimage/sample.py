@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import ladd
 from ladd import check
@@ -89,7 +88,7 @@ def sample_latents(pipe, recipe, way, captions, null, keys, size):
     return ladd.sample_student(velocity, recipe, noise, cond, way.steps, index)
 
 
-def images(run, jobs, prompts, options, show=True):
+def images(run, jobs, prompts, options):
     """Make images, a batch at a time. jobs: {Way: [(seed, prompt's index), ...]}.
 
     Yields (way, keys, images [B, 3, H, W] in [0, 1], on the CPU). Base model and student are loaded
@@ -111,8 +110,8 @@ def images(run, jobs, prompts, options, show=True):
         parts = {"transformer": adapter.load_transformer(folder, dtype), "text_encoder": None}
         pipe = adapter.load_pipeline(run.base, dtype, device, **parts)
         for way, keys in own.items():
-            batches = list(adapter.batches([len(captions[k]) for _, k in keys], options.batch))
-            for rows in tqdm(batches, desc=way.name, disable=None if show else True):
+            batches = adapter.batches([len(captions[k]) for _, k in keys], options.batch)
+            for rows in adapter.progress(batches, way.name):
                 group = [keys[row] for row in rows]
                 told = [captions[k] for _, k in group]
                 x0 = sample_latents(pipe, run.recipe, way, told, null, group, options.resolution)
