@@ -15,6 +15,7 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
+from diffusers.image_processor import VaeImageProcessor
 from einops import rearrange
 from torch import nn
 from tqdm import tqdm
@@ -223,13 +224,12 @@ def sample_teacher(pipe, captions, null, noise, steps, guidance):
 
 @torch.no_grad()
 def decode(vae, latents, batch=4):
-    """Latents [B, 16, h, w] -> images [B, 3, 8h, 8w] in [0, 1], on the CPU."""
+    """Latents [B, 16, h, w] -> B PIL images of 8w x 8h pixels."""
     images = []
     for z in latents.split(batch):
         z = z.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        image = vae.decode(z, return_dict=False)[0].float()
-        images.append((image / 2 + 0.5).clamp(0, 1).cpu())
-    return torch.cat(images)
+        images += VaeImageProcessor().postprocess(vae.decode(z, return_dict=False)[0])
+    return images
 
 
 def noise_for(seed, index, h, w):

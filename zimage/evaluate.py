@@ -26,7 +26,6 @@ from ladd import UserError, check
 from zimage import adapter, sample
 from zimage.data import read_prompts
 from zimage.precompute import start_ranks
-from zimage.world import to_bytes
 
 INCEPTION = "inception-2015-12-05.pt"  # the file that clean-fid downloads
 
@@ -67,9 +66,9 @@ def make_images(run, wanted, folders, prompts, options, state):
         for way, seeds in wanted.items()
     }
     for way, keys, made in sample.images(run, jobs, prompts, options):
-        for key, image in zip(keys, to_bytes(made), strict=True):
+        for key, image in zip(keys, made, strict=True):
             with ladd.replacing(png(folders[way], *key)) as part:
-                Image.fromarray(image).save(part, "PNG")
+                image.save(part, "PNG")
 
 
 def inception(folder, device):

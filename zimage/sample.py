@@ -91,8 +91,8 @@ def sample_latents(pipe, recipe, way, captions, null, keys, size):
 def images(run, jobs, prompts, options):
     """Make images, a batch at a time. jobs: {Way: [(seed, prompt's index), ...]}.
 
-    Yields (way, keys, images [B, 3, H, W] in [0, 1], on the CPU). Base model and student are loaded
-    one after the other, each only where a job needs it.
+    Yields (way, keys, PIL images). Base model and student are loaded one after the other, each only
+    where a job needs it.
     """
     dtype, device = getattr(torch, options.dtype), options.device
     used = sorted({k for keys in jobs.values() for _, k in keys})
@@ -187,13 +187,11 @@ def main(argv=None):
     prompts = read_prompts(options.prompts)[: options.count]
     ways = compared(options.steps, options.teacher_steps, options.guidance, options.steps)
     keys = [(options.seed, index) for index in range(len(prompts))]
-    made = {way: {} for way in ways}
+    titles = {way: f"{way.name}\n{way.nfe} evaluation{'s' * (way.nfe > 1)}" for way in ways}
+    columns = {title: [None] * len(keys) for title in titles.values()}
     for way, group, shown in images(run, dict.fromkeys(ways, keys), prompts, options):
-        made[way].update(zip(group, shown, strict=True))
-    columns = {}
-    for way, shown in made.items():
-        title = f"{way.name}\n{way.nfe} evaluation{'s' * (way.nfe > 1)}"
-        columns[title] = torch.stack([shown[key] for key in keys])
+        for (_, index), image in zip(group, shown, strict=True):
+            columns[titles[way]][index] = image
     draw_grid(out, columns, prompts)
     print(out)
 

@@ -322,20 +322,15 @@ def call_for(times):
     return f"sigmas={list(times)}, guidance_scale=0"
 
 
-def to_bytes(images):
-    """Images [B, 3, H, W] in [0, 1] -> uint8 [B, H, W, 3], a numpy array, as PNG stores them."""
-    return (images * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
-
-
 def draw_grid(path, columns, texts):
-    """A row for each of N texts, a column for each {title: images [N, 3, H, W] in [0, 1]}."""
-    height, width = next(iter(columns.values())).shape[2:]
+    """A row for each of N texts, a column for each {title: N PIL images of one size}."""
+    width, height = next(iter(columns.values()))[0].size
     size = 3 * len(columns), 3 * len(texts) * height / width
     fig = Figure(size, dpi=max(100, width / 3), layout="constrained")
     axes = fig.subplots(len(texts), len(columns), squeeze=False)
     for k, (title, images) in enumerate(columns.items()):
         axes[0, k].set_title(title)
-        for ax, image in zip(axes[:, k], to_bytes(images), strict=True):
+        for ax, image in zip(axes[:, k], images, strict=True):
             ax.imshow(image)
             ax.set(xticks=[], yticks=[])
     for ax, text in zip(axes[:, 0], texts, strict=True):
