@@ -105,8 +105,8 @@ def parse_sizes(text):
 
 def model_folder(model):
     """The local folder of a model; a name on the hub is downloaded, or found in its cache.
-    UserError where it can't be had, or has no weights as safetensors. It warns of a few-step
-    student, told by its name or its scheduler's shift."""
+    UserError where it can't be had. It warns of a few-step student, told by its name or its
+    scheduler's shift."""
     folder = Path(model)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
@@ -116,10 +116,8 @@ def model_folder(model):
         except Exception as error:  # the hub raises some ten kinds: no such name, no network, ...
             why = f"no such folder, and the hub gave none ({type(error).__name__})"
             raise UserError(f"--model {model}: {why}; download it, or name a folder") from error
-    for part in ("transformer", "text_encoder"):
-        why = f"{part}/ holds no .safetensors file, and no other weights are read"
-        found = any((folder / part).glob("*.safetensors"))
-        check(found, f"--model {model}: {why}; name the folder of a ZImagePipeline")
+    ok = (folder / "model_index.json").exists()
+    check(ok, f"--model {model}: holds no model_index.json; name the folder of a ZImagePipeline")
     shift = json.loads((folder / "scheduler" / "scheduler_config.json").read_text()).get("shift")
     if shift == 3.0 or "turbo" in Path(model).name.lower():
         why = "looks like Z-Image-Turbo, distilled already"
@@ -145,7 +143,7 @@ def load(kind, folder, **options):
     """kind.from_pretrained(folder), from safetensors and in silence; UserError where it fails."""
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
-        library.utils.logging.set_verbosity_error()
+        library.utils.logging.set_verbosity(library.utils.logging.CRITICAL)
     try:
         return kind.from_pretrained(folder, use_safetensors=True, **options)
     except Exception as error:  # by what is missing or damaged

@@ -122,7 +122,7 @@ class Latents:
     """The teacher's samples for training. Opening checks that every shard is there and whole.
 
     about: what the data is made of. sizes: (h, w) of each sample's latent. lengths: tokens of its
-    caption. vector_dim: D of the heads' condition, `vector`.
+    caption.
     """
 
     def __init__(self, folder, vector="qwen"):
@@ -133,7 +133,6 @@ class Latents:
         known = made_of["vectors"]
         way_out = f"take one of {', '.join(known)}, or precompute into another folder with --clip"
         check(vector in known, f"text_vector = {vector}: {folder} holds no such vector; {way_out}")
-        self.vector_dim = known[vector]
         self.trained = range(len(self) - count_held_out(len(self)))  # what `read` gives
         check(self.trained, f"--data {folder}: the last 3 samples are held out; make at least 4")
         lost = [s["name"] for s in shards if not is_whole(folder, s, made_of)]
@@ -151,18 +150,9 @@ class Latents:
     def __len__(self):
         return self.about["count"]
 
-    def check_model(self, fingerprint):
-        """UserError unless the model of this `adapter.model_fingerprint` made the data."""
-        same = self.about["fingerprint"] == fingerprint
-        why = f"--data {self.folder}: made by another model, {self.about['model']}"
-        check(same, f"{why}; give that one as --model, or precompute with this one")
-
     def get(self, indices):
         """Samples by index, all of one size: x0 [n, 16, h, w], Prompts, and the noise [n, 16, h, w]
-        that each was made from. ValueError where the sizes differ. Only these samples are read."""
-        indices = [int(i) for i in indices]
-        if len({self.sizes[i] for i in indices}) != 1:
-            raise ValueError(f"samples {indices} are not of one size")
+        that each was made from. Only these samples are read."""
         x0, captions, vectors = [], [], []
         for i in indices:
             name, k = self.places[i]
@@ -176,10 +166,8 @@ class Latents:
     def read(self, start, count, batch, seed):
         """`get` of the places start .. start + count - 1 of an endless reader, which has no state:
         place p lies in joint batch p // batch. All of a joint batch have one size, and one padded
-        caption length where it does not straddle two. ValueError where the places lie in two."""
+        caption length where it does not straddle two. The places asked for are of one batch."""
         number, place = divmod(start, batch)
-        if place + count > batch:
-            raise ValueError(f"{count} places from {start} are not of one joint batch of {batch}")
         per_epoch = sum(-(-n // batch) for n in Counter(self.sizes[: len(self.trained)]).values())
         epoch, k = divmod(number, per_epoch)
         if self.order[0] != (epoch, batch, seed):

@@ -118,7 +118,9 @@ class ZImageWorld(ladd.World):
         folder = adapter.model_folder(self.model)
         print0(f"teacher {self.model}")
         self.digest = adapter.model_fingerprint(folder)
-        self.data.check_model(self.digest)
+        why = f"--data {options.data}: made by another model, {self.data.about['model']}"
+        ok = self.data.about["fingerprint"] == self.digest
+        check(ok, f"{why}; give that one as --model, or precompute with this one")
         config = fsdp.ZImageTransformer2DModel.load_config(folder / "transformer")
         check_taps(recipe.taps, config["n_layers"])
         self.check_memory(recipe, fsdp.skeleton(config))
