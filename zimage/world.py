@@ -210,16 +210,10 @@ class ZImageWorld(ladd.World):
         return {"teacher": self.digest, "dtype": self.options.dtype, **made_of}
 
     def compile(self, student):
-        """Block by block, after one pass that fills the cache of positions."""
+        """Block by block: FSDP's hooks and ours stay outside of the graphs."""
         torch._dynamo.config.recompile_limit = 64  # a graph per size, with gradient and without
-        x0, cond, _, _ = self.batch(0, 2)
-        t = torch.full((2,), 0.5, device=self.device)
-        for velocity in (student, self.teacher):
-            with torch.no_grad():
-                velocity(x0.to(self.device), t, cond.to(self.device))
-            net = velocity.transformer
+        for net in (student.transformer, self.teacher.transformer):
             for block in (*net.noise_refiner, *net.context_refiner, *net.layers):
-                # FSDP's hooks and ours stay outside of the graph.
                 block.forward = torch.compile(block.forward, fullgraph=True)
 
     # ---- looking at it, and the end -------------------------------------------------------------
