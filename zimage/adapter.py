@@ -221,13 +221,11 @@ def sample_teacher(pipe, captions, null, noise, steps, guidance):
 
 
 @torch.no_grad()
-def decode(vae, latents, batch=4):
+def decode(vae, latents):
     """Latents [B, 16, h, w] -> B PIL images of 8w x 8h pixels."""
-    images = []
-    for z in latents.split(batch):
-        z = z.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        images += VaeImageProcessor().postprocess(vae.decode(z, return_dict=False)[0])
-    return images
+    vae.enable_slicing()  # one at a time: that takes little memory
+    z = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+    return VaeImageProcessor().postprocess(vae.decode(z, return_dict=False)[0])
 
 
 def noise_for(seed, index, h, w):
