@@ -10,7 +10,6 @@ again comes out alike. `python ladd.py --zimage --plan` says beforehand what it 
 import datetime
 import hashlib
 import json
-import math
 import shlex
 import sys
 from pathlib import Path
@@ -41,10 +40,10 @@ def parse_options(argv):
     add("--shard-size", type=positive, default=64, help="samples a kill can lose (%(default)s)")
     add("--clip", metavar="ID_OR_DIR", help="store the text vector of this CLIP model too")
     add("--device", help="cuda or cpu (default: the first that is there)")
-    kinds = ("bfloat16", "float32")
-    add("--dtype", default=kinds[0], choices=kinds, help="the teacher computes in it (%(default)s)")
+    text = "the teacher computes in it (%(default)s)"
+    add("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help=text)
     options = made.parse_args(argv)
-    ok = 1 <= options.guidance < math.inf
+    ok = options.guidance >= 1
     check(ok, f"--guidance {options.guidance}: give a number from 1, which is none")
     return options
 
@@ -114,15 +113,6 @@ def make_manifest(options, argv, folder, clip):
     return manifest, prompts
 
 
-def check_out(out, manifest):
-    """UserError where other settings have begun there. The model may have moved."""
-    if (out / "manifest.json").exists():
-        changed = ladd.diff(manifest["made_of"], data.read_manifest(out)["made_of"])
-        words = "; ".join(f"{k} = {new} (was {old})" for k, (old, new) in changed.items())
-        way_out = "name a new folder, or give the old settings"
-        check(not changed, f"--out {out}: holds data made otherwise: {words}; {way_out}")
-
-
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     options, state = parse_options(argv), start_ranks()
@@ -131,11 +121,14 @@ def main(argv=None):
     clip = adapter.Clip(options.clip, device) if options.clip else None
     manifest, prompts = make_manifest(options, argv, folder, clip)
     made_of, shards = manifest["made_of"], manifest["shards"]
-    passes = len(prompts) * options.steps * (1 if options.guidance == 1 else 2)
     part = f"{len(shards) / ranks:.3g} of {len(shards):,} shards by each of {ranks} ranks"
-    print0(f"{len(prompts):,} samples: {passes:,} passes of the teacher by a sample, {part}")
+    print0(f"{len(prompts):,} samples, {part}")
     out = options.out.expanduser()
-    check_out(out, manifest)
+    if (out / "manifest.json").exists():  # of these settings; the model may have moved
+        changed = ladd.diff(made_of, data.read_manifest(out)["made_of"])
+        words = "; ".join(f"{k} = {new} (was {old})" for k, (old, new) in changed.items())
+        way_out = "name a new folder, or give the old settings"
+        check(not changed, f"--out {out}: holds data made otherwise: {words}; {way_out}")
     todo = [shard for shard in shards[rank::ranks] if not data.is_whole(out, shard, made_of)]
     if todo:  # the model is loaded before anything is written, and only where it is needed
         pipe = adapter.load_pipeline(folder, getattr(torch, options.dtype), device, vae=None)
