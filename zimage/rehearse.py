@@ -52,8 +52,12 @@ def launch(gpus, words, log, until=None):
             while process.poll() is None and not (until and until.exists()):
                 time.sleep(0.05)
             killed = process.poll() is None
-        finally:
-            kill(process)
+        finally:  # what still runs gets SIGKILL, with what it has started: torchrun's ranks
+            with contextlib.suppress(psutil.NoSuchProcess):
+                family = [process, *process.children(recursive=True)]
+                for each in family:
+                    each.kill()
+                psutil.wait_procs(family)
     text = log.read_bytes()[start:].decode(errors="replace")
     said = re.findall(r"^ladd: (.*)", text, re.M) or re.findall(r"^.*\wError: .*", text, re.M)
     why = (said or [f"exit code {process.returncode}"])[-1]
@@ -61,19 +65,9 @@ def launch(gpus, words, log, until=None):
     return text
 
 
-def kill(process):
-    """SIGKILL to a command, where it still runs, and to what it has started: torchrun's ranks."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        family = [process, *process.children(recursive=True)]
-        for each in family:
-            each.kill()
-        psutil.wait_procs(family)
-
-
 def compare(folder, images, prompts, options, **call):
     """UserError unless the stock pipeline in `folder` makes the first of `images` by `call`."""
-    pipe = adapter.load(diffusers.ZImagePipeline, folder, dtype=getattr(torch, options.dtype))
-    pipe.to(options.device).set_progress_bar_config(disable=True)
+    pipe = adapter.load_pipeline(folder, getattr(torch, options.dtype), options.device)
     height, width = options.resolution[0]
     for i, prompt in enumerate(prompts[:4]):
         z = adapter.noise_for(0, i, height // adapter.PIXELS, width // adapter.PIXELS)
