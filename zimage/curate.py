@@ -113,12 +113,11 @@ def clean(texts):
         elif (twin := next(alike, None)) is not None:
             why = f"much the same as {texts[twin][0]}"
         else:
-            why = None
             kept.append((place, plain))
             for feature in rare:
                 index[feature].append(k)
-        if why:
-            dropped.append((place, why, text))
+            continue
+        dropped.append((place, why, text))
     return kept, dropped
 
 
