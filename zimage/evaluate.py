@@ -11,6 +11,7 @@ The images are kept as PNG under RUN/evaluation, in folders named by what made t
 stopped goes on. The ranks share the prompts, and the first one judges.
 """
 
+import functools
 import hashlib
 import json
 import statistics
@@ -92,18 +93,18 @@ def judge(wanted, folders, prompts, options, features, clip):
     def paths(way, seed):
         return [png(folders[way], seed, i) for i in range(len(prompts))]
 
+    @functools.cache
     def features_of(way, seed):
         settings = {"num_workers": 0, "batch_size": 32, "device": options.device, "verbose": False}
         return get_files_features(paths(way, seed), features, **settings).astype("float64")
 
     teacher = next(iter(wanted))
-    reference = {seed: features_of(teacher, seed) for seed in wanted[teacher]}
     for way in wanted:
         row = {"name": way.name, "steps": way.steps, "nfe": way.nfe, "kid": [], "clip": []}
         for seed, other in zip(seeds, others, strict=True):
-            f = reference[seed] if way is teacher else features_of(way, seed)
+            own, real = features_of(way, seed), features_of(teacher, other)
             # One subset of all images: subsets would add noise, and no information.
-            row["kid"].append(kernel_distance(f, reference[other], 1, len(f)))
+            row["kid"].append(kernel_distance(own, real, 1, len(own)))
             if clip:
                 shown = zip(map(Image.open, paths(way, seed)), prompts, strict=True)
                 row["clip"].append(statistics.fmean(clip.score(*pair) for pair in shown))
@@ -146,9 +147,8 @@ def main(argv=None, features=None):
     options.out = (options.out or run.folder / "evaluation").expanduser()
     prompts = read_prompts(options.prompts)
     check(len(prompts) >= 2, f"--prompts {options.prompts}: KID needs at least 2 prompts")
-    seeds, steps = options.seeds, options.steps
-    settings = steps, options.teacher_steps, options.guidance
-    teacher, *others = sample.compared(*settings, untrained_steps=[max(steps)])
+    seeds = options.seeds
+    teacher, *others = sample.compared(options, untrained_steps=[max(options.steps)])
     wanted = {teacher: seeds if len(seeds) > 1 else [seeds[0], seeds[0] + 1]}
     wanted |= dict.fromkeys(others, seeds)
     if state.is_main_process:  # what can't be had is said before hours of sampling

@@ -65,11 +65,11 @@ class Way:
         return self.steps * (1 if self.guidance in (None, 1) else 2)
 
 
-def compared(steps, teacher_steps, guidance, untrained_steps):
+def compared(options, untrained_steps):
     """Teacher, student, and untrained student: the base model sampled as the student is."""
     return [
-        Way(f"teacher@{teacher_steps}", "base", teacher_steps, guidance),
-        *(Way(f"student@{n}", "student", n) for n in steps),
+        Way(f"teacher@{options.teacher_steps}", "base", options.teacher_steps, options.guidance),
+        *(Way(f"student@{n}", "student", n) for n in options.steps),
         *(Way(f"untrained@{n}", "base", n) for n in untrained_steps),
     ]
 
@@ -185,7 +185,7 @@ def main(argv=None):
     out = Path(options.out or run.folder / "sample.png").expanduser()
     check(out.suffix.lower() == ".png", f"--out {out}: give a .png file")
     prompts = read_prompts(options.prompts)[: options.count]
-    ways = compared(options.steps, options.teacher_steps, options.guidance, options.steps)
+    ways = compared(options, untrained_steps=options.steps)
     keys = [(options.seed, index) for index in range(len(prompts))]
     titles = {way: f"{way.name}\n{way.nfe} evaluation{'s' * (way.nfe > 1)}" for way in ways}
     columns = {title: [None] * len(keys) for title in titles.values()}
