@@ -40,8 +40,7 @@ def parse_options(argv):
     add("--shard-size", type=positive, default=64, help="samples a kill can lose (%(default)s)")
     add("--clip", metavar="ID_OR_DIR", help="store the text vector of this CLIP model too")
     add("--device", help="cuda or cpu (default: the first that is there)")
-    text = "the teacher computes in it (%(default)s)"
-    add("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help=text)
+    add("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="(%(default)s)")
     options = made.parse_args(argv)
     ok = options.guidance >= 1
     check(ok, f"--guidance {options.guidance}: give a number from 1, which is none")

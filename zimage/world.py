@@ -175,7 +175,11 @@ class ZImageWorld(ladd.World):
         if not self.recipe.anchor_weight:
             del teacher.layers[max(map(int, self.recipe.taps)) + 1 :]
         if self.options.compile:
-            self.compile(student)
+            torch._dynamo.config.recompile_limit = 64  # a graph per size, with gradient and without
+            for net in (student.transformer, teacher):
+                for block in (*net.noise_refiner, *net.context_refiner, *net.layers):
+                    # FSDP's hooks and ours stay outside of the graph.
+                    block.forward = torch.compile(block.forward, fullgraph=True)
         return student
 
     def set_checkpointing(self, transformer, role):
@@ -208,13 +212,6 @@ class ZImageWorld(ladd.World):
         made_of = {f"latents.{k}": v for k, v in self.data.about.items()}
         made_of["held_out"] = len(self.data) - len(self.data.trained)
         return {"teacher": self.digest, "dtype": self.options.dtype, **made_of}
-
-    def compile(self, student):
-        """Block by block: FSDP's hooks and ours stay outside of the graphs."""
-        torch._dynamo.config.recompile_limit = 64  # a graph per size, with gradient and without
-        for net in (student.transformer, self.teacher.transformer):
-            for block in (*net.noise_refiner, *net.context_refiner, *net.layers):
-                block.forward = torch.compile(block.forward, fullgraph=True)
 
     # ---- looking at it, and the end -------------------------------------------------------------
 
