@@ -98,17 +98,17 @@ def images(run, jobs, prompts, options):
     used = sorted({k for keys in jobs.values() for _, k in keys})
     if not used:
         return
-    pipe = adapter.load_pipeline(run.base, dtype, device, transformer=None, vae=None)
+    pipe = adapter.load_pipeline(run.base, dtype, device, transformer=None)
     null, *encoded = adapter.encode(pipe, ["", *(prompts[k] for k in used)])
     captions = dict(zip(used, encoded, strict=True))
-    del pipe  # the text encoder goes before the transformer comes
+    pipe.text_encoder = None  # it goes before the transformer comes
     folders = {"base": run.base / "transformer", "student": run.folder / "student"}
     for weights, folder in folders.items():
         own = {way: keys for way, keys in jobs.items() if keys and way.weights == weights}
         if not own:
             continue
-        parts = {"transformer": adapter.load_transformer(folder, dtype), "text_encoder": None}
-        pipe = adapter.load_pipeline(run.base, dtype, device, **parts)
+        pipe.transformer = adapter.load_transformer(folder, dtype)
+        pipe.to(device)
         for way, keys in own.items():
             batches = adapter.batches([len(captions[k]) for _, k in keys], options.batch)
             for rows in adapter.progress(batches, way.name):
@@ -116,7 +116,6 @@ def images(run, jobs, prompts, options):
                 told = [captions[k] for _, k in group]
                 x0 = sample_latents(pipe, run.recipe, way, told, null, group, options.resolution)
                 yield way, group, adapter.decode(pipe.vae, x0)
-        del pipe, parts
 
 
 def parser_for(name, doc):
