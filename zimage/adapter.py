@@ -85,9 +85,9 @@ def batches(lengths, size):
         yield from (alike[k : k + size] for k in range(0, len(alike), size))
 
 
-def progress(batches, words):
-    """The batches, with a bar on rank 0 where there is a terminal to show it."""
-    return tqdm(list(batches), words, disable=None if ladd.rank() == 0 else True)
+def progress(parts, words):
+    """The parts of a work, with a bar on rank 0 where there is a terminal to show it."""
+    return tqdm(list(parts), words, disable=None if ladd.rank() == 0 else True)
 
 
 def parse_sizes(text):

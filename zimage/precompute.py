@@ -68,8 +68,7 @@ def make_shard(pipe, clip, shard, prompts, options):
     if clip:
         tensors["vector.clip"] = clip.vectors(prompts)
     h, w = shard["height"] // adapter.PIXELS, shard["width"] // adapter.PIXELS
-    batches = adapter.batches(shard["lengths"], options.batch)
-    for rows in adapter.progress(batches, shard["name"]):
+    for rows in adapter.batches(shard["lengths"], options.batch):
         some, indices = [captions[k] for k in rows], [shard["indices"][k] for k in rows]
         noise = torch.stack([adapter.noise_for(options.seed, i, h, w) for i in indices])
         settings = null, noise, options.steps, options.guidance
@@ -134,7 +133,7 @@ def main(argv=None):
     if first and not (out / "manifest.json").exists():
         ladd.write_json(out / "manifest.json", manifest)
     state.wait_for_everyone()
-    for shard in todo:
+    for shard in adapter.progress(todo, "shards"):
         tensors = make_shard(pipe, clip, shard, [prompts[i] for i in shard["indices"]], options)
         about = {"kind": data.SHARD_KIND, "made_of": made_of, **shard}
         ladd.save_weights(out / shard["name"], tensors, about)
