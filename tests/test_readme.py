@@ -25,6 +25,7 @@ from zimage import evaluate
 ROOT = Path(ladd.__file__).parent
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINES = tables.read_lines(ROOT / "toy_mnist" / "results.jsonl")
 COMMANDS = re.findall(r"^ {4}((?:pip|python|torchrun) .*)$", README, re.M)
 
 
@@ -62,7 +63,9 @@ SMALLER = {  # what follows the words of the README's commands
 
 
 def test_the_commands_run_with_sizes_reduced(tmp_path, monkeypatch):
-    """All but those that install, test, or need MNIST, one after another in an empty folder."""
+    """All but those that install or test, one after another in an empty folder. MNIST: made up."""
+    digits = torch.zeros(22_100, 28, 28).byte(), torch.arange(22_100) % 10
+    monkeypatch.setattr("toy_mnist.world.load_mnist", lambda root: digits)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "inception", lambda *_: lambda x: x[:, :, ::8, ::8].flatten(1))
     tiny_zimage.save(tmp_path / "model")
@@ -138,33 +141,32 @@ def test_links_lead_somewhere(page):
 
 def test_the_table_of_results_is_drawn_from_the_benchmarks_runs():
     """Mean and standard deviation over the seeds; a ratio is of the means over common seeds."""
-    lines = tables.read_lines(ROOT / "toy_mnist" / "results.jsonl")
-    settings = {"teacher": "teacher@50", "`toy`": "baseline", "`ladd`": "ladd"}
-    lines = [d for d in lines if d["budget"]["samples_seed"] == 2]
-    runs = {k: {d["seed"]: d for d in lines if d["setting"] == v} for k, v in settings.items()}
-    teacher = runs["teacher"]
+    names = {"teacher, 50 steps": "teacher@50", "`toy`": "baseline", "`ladd`": "ladd"}
+    names["real data"] = "real-data"
+    shown = "fid", "accuracy", "hue_entropy"
+    lines = [d for d in LINES if d["budget"]["samples_seed"] == 2]
+    runs = {k: {d["seed"]: d for d in lines if d["setting"] == v} for k, v in names.items()}
+    teacher = runs["teacher, 50 steps"]
     for name, made in runs.items():
-        common = made.keys() & teacher.keys()
+        columns = []
         for steps in next(iter(made.values()))["fid"]:
-            keys = "nfe", "fid", "accuracy", "hue_entropy"
-            mean = {key: statistics.fmean(d[key][steps] for d in made.values()) for key in keys}
-            deviation = statistics.stdev(d["fid"][steps] for d in made.values())
-            ratio = sum(made[seed]["fid"][steps] for seed in common)
-            ratio /= sum(teacher[seed]["fid"]["50"] for seed in common)
-            row = f"| {name}, {steps} step{'s' * (steps > '1')} | {mean['nfe']:g} | "
-            row += f"{mean['fid']:.2f} ± {deviation:.2f} | {ratio:.2f} | "
-            row += f"{mean['accuracy']:.3f} | {mean['hue_entropy']:.3f} |"
-            assert row in README.splitlines(), row
+            fid, *others = ([d[key][steps] for d in made.values()] for key in shown)
+            ratio = sum(d["fid"][steps] for seed, d in made.items() if seed in teacher)
+            ratio /= sum(d["fid"]["50"] for seed, d in teacher.items() if seed in made)
+            means = [f"{statistics.fmean(values):.3f}".lstrip("0") for values in others]
+            spread = f"{statistics.fmean(fid):.2f} ± {statistics.stdev(fid):.2f}"
+            columns.append([spread, f"{ratio:.2f}", *means])
+        row = " | ".join([f"| {name}", *map(" / ".join, zip(*columns, strict=True))]) + " |"
+        assert row in README.splitlines() and len(made) == (2 if name == "`ladd`" else 5), row
     assert not any(line.get("collapsed") for line in lines)
 
 
 def test_what_departures_are_worth_is_drawn_from_the_benchmarks_runs():
-    lines = tables.read_lines(ROOT / "toy_mnist" / "results.jsonl")
-    budget = next(line["budget"] for line in lines if line["setting"] == "adversarial-0")
+    budget = next(line["budget"] for line in LINES if line["setting"] == "adversarial-0")
     shown = re.findall(r"`([\w-]+)`: × (\d+\.\d+) / (\d+\.\d+) / (\d+\.\d+)", README)
     assert len(shown) >= 5 and budget["iterations"] * budget["batch"] == 19_200
     for name, *ratios in shown:
-        runs, others = (tables.found(lines, SETTINGS[k], budget) for k in (name, "baseline"))
+        runs, others = (tables.found(LINES, SETTINGS[k], budget) for k in (name, "baseline"))
         logs = [tables.log_ratios(runs, others, steps) for steps in "421"]
         assert ratios == [f"{math.exp(statistics.mean(d)):.2f}" for d in logs], name
         assert len(runs) == 3, name
@@ -172,8 +174,7 @@ def test_what_departures_are_worth_is_drawn_from_the_benchmarks_runs():
 
 def test_the_readme_is_short():
     lines = README.splitlines()
-    assert len(lines) <= 200 and len(README.encode()) <= 14 * 1024
-    assert [line for line in lines if len(line) > 120] == []
+    assert len(lines) <= 200 and max(map(len, lines)) <= 120 and len(README.encode()) <= 14 * 1024
 
 
 # ---- the code -----------------------------------------------------------------------------------
@@ -193,8 +194,8 @@ def lines_of(pattern):
 def test_the_files_keep_to_their_budgets():
     assert lines_of("ladd.py") <= 1243
     assert lines_of("toy_mnist/*.py") <= 1700
-    assert lines_of("zimage/*.py") <= 2340
-    assert lines_of("tests/*.py") - lines_of("tests/faults.py") <= 5060
+    assert lines_of("zimage/*.py") <= 2267
+    assert lines_of("tests/*.py") - lines_of("tests/faults.py") <= 5055
     assert not any("fmt: " + "off" in path.read_text() for path in ROOT.rglob("*.py"))
 
 

@@ -552,12 +552,8 @@ def test_images_of_other_settings_are_never_mixed_in(judged, tmp_path):
     assert added("--seeds", 1, "--guidance", 3) == ["teacher@2"]
     (tmp_path / "other.txt").write_text("\n".join(PROMPTS[:2]))
     for option in (["--resolution", 48], ["--prompts", tmp_path / "other.txt"]):
-        assert added("--seeds", 1, *option) == [
-            "student@1",
-            "student@2",
-            "teacher@2",
-            "untrained@2",
-        ]
+        every = "student@1 student@2 teacher@2 untrained@2"
+        assert added("--seeds", 1, *option) == every.split()
 
 
 def test_one_seed_is_judged_against_the_next(place, judged, tmp_path, monkeypatch, capsys):
