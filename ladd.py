@@ -46,7 +46,6 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP says so in one process
 
 
@@ -1125,11 +1124,12 @@ def parse(argv):
 def add_fields(group, defaults):
     """An option per field of a dataclass instance, with its value as the default in --help."""
     for f in dataclasses.fields(defaults):
-        settings = {"nargs": "?", "const": True} if f.type is bool else {}
-        value, metavar = getattr(defaults, f.name), "|".join(f.metadata["choices"] or "X")
-        value = ",".join(map(str, value)) if isinstance(value, tuple) else value
-        help = f"{f.metadata['help']} ({value})".replace("%", "%%")
-        group.add_argument(f"--{f.name.replace('_', '-')}", metavar=metavar, help=help, **settings)
+        settings = {"metavar": "|".join(f.metadata["choices"] or "X")}
+        settings |= {"nargs": "?", "const": True} if f.type is bool else {}
+        value = getattr(defaults, f.name)
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        help = f"{f.metadata['help']} ({shown})".replace("%", "%%")
+        group.add_argument(f"--{f.name.replace('_', '-')}", help=help, **settings)
 
 
 def given(options, cls):

@@ -291,6 +291,7 @@ def test_the_model_may_move_but_not_change(place, copy, tmp_path, capsys):
 WRONG = {
     "--steps 0": "--steps",
     "--guidance 0.5": "--guidance 0.5: give a number from 1",
+    "--guidance inf": "--guidance inf: give a number from 1",
     "--resolution 64,48x40": "'48x40' is no size in multiples of 16",
     f"--clip {ROOT}": "can't be loaded",
     f"--model {ROOT}": "holds no model_index.json; name the folder of a ZImagePipeline",
@@ -552,8 +553,7 @@ def test_images_of_other_settings_are_never_mixed_in(judged, tmp_path):
     assert added("--seeds", 1, "--guidance", 3) == ["teacher@2"]
     (tmp_path / "other.txt").write_text("\n".join(PROMPTS[:2]))
     for option in (["--resolution", 48], ["--prompts", tmp_path / "other.txt"]):
-        every = "student@1 student@2 teacher@2 untrained@2"
-        assert added("--seeds", 1, *option) == every.split()
+        assert ",".join(added("--seeds", 1, *option)) == "student@1,student@2,teacher@2,untrained@2"
 
 
 def test_one_seed_is_judged_against_the_next(place, judged, tmp_path, monkeypatch, capsys):

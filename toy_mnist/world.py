@@ -100,8 +100,6 @@ class ToyWorld(ladd.World):
         teacher, self.about = load_teacher(options.weights, self.device, dtype)
         super().__init__(teacher, recipe)
         self.judge = Judge(options.weights, self.device)
-        if recipe.real == "data":
-            self.data = ColorMNIST(*load_mnist(options.data_root), seed=recipe.samples_seed)
 
     def features(self, x_t, t, cond):
         velocity = self.teacher
@@ -135,13 +133,15 @@ class ToyWorld(ladd.World):
         """What the samples are made of. Equal fingerprints: equal samples, but for rounding."""
         names = [f.name for f in dataclasses.fields(ToyRecipe)]
         own = {k: getattr(self.recipe, k) for k in names if not hasattr(ladd.Recipe, k)}
-        del own["real"]
+        del own["real"]  # which no sample depends on
         shares = self.judge.class_share  # the labels are drawn by them
         return {"teacher": self.about["sha256"], "class_share": shares, **own}
 
     @functools.cached_property
     def samples(self):
         """What the student learns from: made, or read from the cache, at the first batch."""
+        if self.recipe.real == "data":  # only training needs MNIST, and misses it before sampling
+            self.data = ColorMNIST(*load_mnist(self.options.data_root), self.recipe.samples_seed)
         return self.teacher_samples("samples", self.recipe.samples)
 
     def draw_noise(self, n, *key):

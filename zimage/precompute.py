@@ -42,7 +42,7 @@ def parse_options(argv):
     add("--device", help="cuda or cpu (default: the first that is there)")
     add("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="(%(default)s)")
     options = made.parse_args(argv)
-    ok = options.guidance >= 1
+    ok = 1 <= options.guidance < float("inf")
     check(ok, f"--guidance {options.guidance}: give a number from 1, which is none")
     return options
 
