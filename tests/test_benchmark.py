@@ -283,7 +283,7 @@ def test_tables_and_picture_hold_the_numbers_of_the_lines_alone(tmp_path):
     expected |= {"first alarm": "7, –, 5", "collapsed": "2 of 3", "fid against": verdict}
     assert rows["relativistic"] == {**rows["relativistic"], **expected}
     assert rows["add"]["fid against"] == "untested (paper)"
-    assert "77" not in text and "heads-narrow, lr-ratio-2, " in text
+    assert "77" not in text and "heads-narrow; lr-ratio-2; " in text
     assert "10 runs, 1.0 hours" in text
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
 

@@ -130,14 +130,13 @@ def section(budget, runs):
         text += [f"Real images against real ones: fid {line['floor']:.2f}. The teacher's samples,"]
         text += [f"which the baseline learns from: {samples}."]
     for group, description in GROUPS.items():
-        chosen = [s for s in SETTINGS.values() if s.group == group]
-        rows = [row(s, runs[s.name], runs[s.against]) for s in chosen if runs[s.name]]
+        chosen = [s for s in SETTINGS.values() if s.group == group and runs[s.name]]
+        rows = [row(s, runs[s.name], runs[s.against]) for s in chosen]
         cells = [[*rows[0]], ["---"] * len(rows[0]), *(r.values() for r in rows)] if rows else []
-        text += ["", f"### {group.capitalize()}", "", description, ""]
+        text += ["", f"### {group.capitalize()}", "", description, ""] if rows else []
         text += ["| " + " | ".join(map(str, texts)) + " |" for texts in cells]
-        text += ["", *(f"- {s.name}: {s.note}" for s in chosen if s.note and runs[s.name])]
-        missing = ", ".join(s.name for s in chosen if not runs[s.name])
-        text += [f"\nNot run under this budget: {missing}."] if missing else []
+        notes = [f"- {s.name}: {s.note}" for s in chosen if s.note]
+        text += ["", *notes] if notes else []
     return [*text, ""]
 
 
@@ -168,8 +167,11 @@ def write(folder, lines):
     """Both files. The picture is of the budget that was run last."""
     folder.mkdir(parents=True, exist_ok=True)
     text = [INTRODUCTION, "![benchmark](benchmark.png)\n" if lines else "Nothing was run yet.\n"]
+    missing = dict.fromkeys(SETTINGS)
     for budget in {json.dumps(line["budget"]): line["budget"] for line in lines}.values():
         runs = {name: found(lines, setting, budget) for name, setting in SETTINGS.items()}
         text += section(budget, runs)
+        missing = [name for name in missing if not runs[name]]
+    text += ["## Not run", "", f"{'; '.join(missing)}."] if missing else []
     draw(folder / "benchmark.png", runs) if lines else None
-    (folder / "benchmark.md").write_text("\n".join(text))
+    (folder / "benchmark.md").write_text("\n".join(text) + "\n")
