@@ -299,7 +299,7 @@ class Recipe:
     student_lr: float = field(1e-4, "peak learning rate of the student")
     head_lr: float = field(1e-3, "peak learning rate of the heads")
     lr_warmup: int = field(50, "iterations over which both learning rates rise from 0")
-    lr_decay: str = field("cosine", "lr falls to 0: student's, or both", ("none", "cosine", "both"))
+    lr_decay: str = field("cosine", "which lr decays: student's, both", ("none", "cosine", "both"))
     beta1: float = field(0.0, "first moment of both AdamW optimizers", most=0.9999)
     beta2: float = field(0.99, "second moment of both AdamW optimizers", most=0.9999)
     gen_every: int = field(1, "update the student every so many iterations", least=1)
@@ -343,7 +343,7 @@ TARGETS |= {"distill_weight": 1.0, "distill_power": 2.0, "distill_own": True}
 
 
 # ---- 7. Draws: keyed by what they are for, made on the CPU, except the penalty's noise -----------
-# No random state is saved (use no dropout). The joint batch of all ranks is that of a single one.
+# No random state is saved (use no dropout). All ranks together draw what one alone would draw.
 
 
 def generator(*key, device="cpu"):
@@ -375,7 +375,7 @@ class Batch:
     t_real: torch.Tensor  # [B] the time to which the real sample is re-noised
     eps_real: torch.Tensor  # [B, ...] and the noise
     x_t: torch.Tensor | None = None  # [B, ...] the student's input, filled in by `train_step`
-    real_logits: list | None = None  # [B, h, w] per tap, set by `heads_loss`
+    real_logits: list | None = None  # [B, h, w] per tap, for losses that compare real and fake
 
 
 def draw(recipe, iteration, index, shape):
@@ -510,8 +510,8 @@ def misaligned_loss(state, world, recipe, b, real_logits):
 
     This ties the heads to the condition (misaligned pairs, SANA-Sprint, arXiv 2503.09641). The
     other sample is the neighbour in the joint batch. The teacher gets the wrong condition too.
-    Otherwise its features would carry the right one, and the heads would be given the wrong one:
-    they could notice that these differ, and need not look at the sample.
+    Else the heads could compare the condition that its features carry with the one that they are
+    given, and need not look at the sample.
     """
     # Places 0 and 1, 2 and 3, ... of the joint batch exchange their conditions.
     wrong = b.cond[(b.index ^ 1) - b.index[0]]
@@ -541,9 +541,9 @@ def student_loss(state, world, recipe, b, fake, x0_hat):
 def distillation_loss(student, recipe, b, x0_hat):
     """DEPARTURE: squared error of the guess to a known target, divided by t^distill_power.
 
-    Stored noise: the target is x0, the teacher's sample that was made from it. Other noise at t = 1
-    has a target with distill_own only: the sample to which all the student's steps lead from it.
-    Other noise at t < 1 has a target without backward simulation only: x0, which it was added to.
+    Stored noise: the target is x0, the teacher's sample that was made from it.
+    Other noise at t = 1: with distill_own where all of the student's steps lead; else none.
+    Other noise at t < 1: the x0 that it was added to; with backward simulation none.
     """
     known = b.paired | ((b.t < 1) & (not recipe.backward_simulation))
     target = b.x0
@@ -780,7 +780,7 @@ class Options:
 
     resume: bool = field(False, "go on from the newest checkpoint, or start if there is none")
     micro_batch: int = field(0, "samples per pass and rank (0: batch / ranks)")
-    evaluate_every: int = field(200, "iterations between evaluations; none at the end (0: never)")
+    evaluate_every: int = field(200, "iterations between evaluations; not after the last (0: none)")
     checkpoint_every: int = field(200, "iterations between checkpoints", least=1)
     keep: int = field(2, "checkpoints to keep", least=1)
     log_every: int = field(20, "iterations averaged in a line of metrics.jsonl", least=1)

@@ -139,7 +139,7 @@ def test_links_lead_somewhere(page):
 def test_the_table_of_results_is_drawn_from_the_benchmarks_runs():
     """Mean and standard deviation over the seeds; a ratio is of the means over common seeds."""
     names = {"teacher, 50 steps": "teacher@50", "`toy`": "baseline", "`ladd`": "ladd"}
-    names["real data"] = "real-data"
+    names["real digits"] = "real-data"
     shown = "fid", "accuracy", "hue_entropy"
     lines = [d for d in LINES if d["budget"]["samples_seed"] == 2]
     long = [d for d in lines if d["budget"]["iterations"] > 400]

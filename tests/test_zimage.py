@@ -63,7 +63,7 @@ def no_group():
 
 def job(model, data, out, *more):
     folders = ["--model", str(model), "--data", str(data), "--out", str(out), "--name", "a"]
-    return ["--zimage", *folders, *TINY, *map(str, more)]
+    return ["--zimage", "--iterations", "1", *folders, *TINY, *map(str, more)]
 
 
 def distil(model, data, out, *more):

@@ -99,15 +99,15 @@ def draw(world, run, student, rows):
 
 
 def compare(runs, picture):
-    """A picture with a row for each run: its last samples, hue entropy and losses."""
-    judge, figure = Judge(), Figure(figsize=(14, 3.5 * len(runs)), layout="constrained")
-    rows = figure.subplots(len(runs), 3, sharey="col", squeeze=False)
+    """A picture with a row for each run: its last samples, FID, hue entropy and losses."""
+    judge, figure = Judge(), Figure(figsize=(18, 3.5 * len(runs)), layout="constrained")
+    rows = figure.subplots(len(runs), 4, sharey="col", squeeze=False)
     for (left, *others), run in zip(rows, runs, strict=True):
         lines, recipe = read_log(run), json.loads((run / "config.json").read_text())["recipe"]
         left.imshow(Image.open(max((run / "samples").glob("*.png"))))
         left.set_title(f"{run.name}: two rows each of 4, 2 and 1 steps", fontsize=12)
         left.axis("off")
-        for ax, curve in zip(others, curves(judge, recipe, (4, 2, 1))[1:3], strict=True):
+        for ax, curve in zip(others, curves(judge, recipe, (4, 2, 1))[:3], strict=True):
             draw_curve(ax, lines, recipe["batch"], *curve)
     figure.savefig(picture, dpi=100)
 
@@ -149,9 +149,10 @@ def draw_curve(ax, lines, batch, title, names, level, meaning, scale):
         if points:
             ax.plot(*zip(*points, strict=True), label=label, marker=".")
     ax.axhline(level, color="grey", linestyle="--", label=meaning)
+    ax.set_xlim(0, None)
     ax.set_xlabel("images seen", fontsize=12)
     ax.set_ylabel(title, fontsize=12)
-    ax.set(yscale=scale, xlim=(0, None))
+    ax.set_yscale(scale, **({"subs": (2, 3, 5, 7)} if scale == "log" else {}))  # few labels
     ax.yaxis.set_major_formatter("{x:g}")  # no powers of ten
     ax.yaxis.set_minor_formatter("{x:g}")
     ax.legend(fontsize=10)
