@@ -299,7 +299,7 @@ class Recipe:
     student_lr: float = field(1e-4, "peak learning rate of the student")
     head_lr: float = field(1e-3, "peak learning rate of the heads")
     lr_warmup: int = field(50, "iterations over which both learning rates rise from 0")
-    lr_decay: str = field("cosine", "which lr decays: student's, both", ("none", "cosine", "both"))
+    lr_decay: str = field("cosine", "cosine: the student's lr decays", ("none", "cosine", "both"))
     beta1: float = field(0.0, "first moment of both AdamW optimizers", most=0.9999)
     beta2: float = field(0.99, "second moment of both AdamW optimizers", most=0.9999)
     gen_every: int = field(1, "update the student every so many iterations", least=1)
@@ -785,7 +785,7 @@ class Options:
     keep: int = field(2, "checkpoints to keep", least=1)
     log_every: int = field(20, "iterations averaged in a line of metrics.jsonl", least=1)
     stop_on_collapse: bool = field(False, "end the run at the first sign of collapse")
-    dtype: str = field("float32", "of networks; command line: the fastest", ("bfloat16", "float32"))
+    dtype: str = field("float32", "of networks; not given: the fastest", ("bfloat16", "float32"))
 
     def __post_init__(self):
         type_fields(self)
@@ -1103,7 +1103,7 @@ def parse(argv):
     group.add_argument("--name", default="", help="a folder in --out (default: the next number)")
     group.add_argument("--out", type=Path, default=Path("runs"), help="folder of the runs (runs)")
     group.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
-    group.add_argument("--sample", action="store_true", help="draw from the finished run --name")
+    group.add_argument("--sample", action="store_true", help="draw from the finished run (toy)")
     group.add_argument("--steps", type=int, default=0, help="steps of --sample (default: all)")
     add_fields(group, module.OPTIONS)
     group = parser.add_argument_group(f"the recipe, one of {', '.join(module.RECIPES)}")
@@ -1216,14 +1216,13 @@ def run_command_line(work, argv=None):
                 signal.signal(number, signal.default_int_handler)  # a KeyboardInterrupt
         work(sys.argv[1:] if argv is None else argv)
         code = 0
-    except KeyboardInterrupt:
-        print("ladd: stopped; what is finished is kept", file=sys.stderr)
-        code = 130
-    except (UserError, OSError, *no_room) as error:
-        if isinstance(error, dcp.CheckpointException):
+    except (KeyboardInterrupt, UserError, OSError, *no_room) as error:
+        if isinstance(error, dcp.CheckpointException):  # it wraps what a rank has met
             error = next(iter(error.failures.values()))[0]
-        print(f"ladd: {' '.join(str(error).split())}", file=sys.stderr)
-        code = 2
+        stopped = isinstance(error, KeyboardInterrupt)
+        words = "stopped; what is finished is kept" if stopped else str(error)
+        print(f"ladd: {' '.join(words.split())}", file=sys.stderr)
+        code = 130 if stopped else 2
     if peak := torch.cuda.max_memory_allocated():
         print0(f"peak_gb {peak / 1e9:.3f}")
     if dist.is_initialized() and (code != 2 or world_size() == 1):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.state_dict  # noqa: F401 (so that children have it already)
 from safetensors.torch import load_file
 
@@ -231,36 +232,35 @@ def test_a_resume_knows_the_best_student_and_the_updates_that_were_skipped(tmp_p
     assert (run / "best.safetensors").stat().st_mtime_ns == best
 
 
-def command_that_waits(out):
-    """A job that waits in iteration 3."""
+def command_that_waits(out, place):
+    """A job that waits in iteration 3 or in a checkpoint."""
 
-    def wait():
+    def wait(*args):
         (out / "waiting").touch()
         while True:  # short naps, because a signal that comes just before one does not end it
             time.sleep(0.05)
 
-    MODULE.make_world = lambda *args: at_iteration(3, wait, make_world(*args))
+    if place == "background":  # as a shell starts a job there: without Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if place == "checkpoint":
+        dcp.FileSystemWriter.write_data = wait
+    else:
+        MODULE.make_world = lambda *args: at_iteration(3, wait, make_world(*args))
     return command(out, "--name=run")
 
 
-def in_background(out):
-    """As a shell starts a background job: without Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return command_that_waits(out)
-
-
-def waiting_child(out, work=command_that_waits):
-    process = Child(out / "log", work, out)
+def waiting_child(out, place="iteration"):
+    process = Child(out / "log", command_that_waits, out, place)
     while not (out / "waiting").exists():
         assert process.is_alive(), process.log.read_text()
         time.sleep(0.02)
     return process
 
 
-@pytest.mark.parametrize("work", [command_that_waits, in_background])
+@pytest.mark.parametrize("place", ["iteration", "background", "checkpoint"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_job_ends_with_one_line_and_130(tmp_path, never_killed, work, number):
-    process = waiting_child(tmp_path, work)
+def test_a_stopped_job_ends_with_one_line_and_130(tmp_path, never_killed, place, number):
+    process = waiting_child(tmp_path, place)
     os.kill(process.pid, number)
     code, printed = process.ended()
     assert code == 130 and "stopped" in tiny.one_line(printed)

@@ -2,8 +2,8 @@
 
     python -m toy_mnist.judge [--data-root DIR]     trains it again, into toy_mnist/weights
 
-Its network learns to name the digit and to point at the hue. The features are its last 128 linear
-outputs: they come before any nonlinearity, so no unit is dead and the covariance is not singular.
+Its network learns to name the digit and to point at the hue. The features are the 128
+outputs of a linear layer, before its SiLU: no unit is dead, and the covariance is not singular.
 The judge is never a training signal. Its distances have a scale of their own: compare them with
 each other and with their floor, the distance between two disjoint sets of real images.
 """
@@ -103,7 +103,7 @@ def kernel(a, b, subsets=50, seed=0):
 
 
 def entropy(hue, bins=36):
-    """Entropy of hues [N] in [0, 1), divided by the largest possible: 1 = all are alike often."""
+    """Entropy of hues [N] in [0, 1), divided by the largest possible: 1 = all equally frequent."""
     p = torch.histc(hue.float(), bins, 0, 1) / max(len(hue), 1)
     return float(-(p[p > 0] * p[p > 0].log()).sum() / math.log(bins))
 

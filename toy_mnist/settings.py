@@ -158,7 +158,7 @@ class AddWorld(ToyWorld):
 
 
 class NormedHead(ladd.Head):
-    """A head with GroupNorm in place of constants, which most implementations have."""
+    """A head as in most implementations: GroupNorm, not constants; SiLU; no residual."""
 
     def __init__(self, f, width, emb):
         super().__init__(f, width, emb)
@@ -190,7 +190,7 @@ SAMPLERS = {  # of the teacher; a setting with one of them as its world trains n
 # ---- Settings ------------------------------------------------------------------------------------
 
 GROUPS = {
-    "ablations": "One change each from the baseline.",
+    "ablations": "Most make one change from the baseline.",
     "experiments": "The six experiments of a report on LADD with Color-MNIST (1 to 5 collapsed in "
     "colour, 6 did not) as far as a recipe can say them, cut from 20,000 iterations, and for each "
     "the change likeliest to save it: every noise paired, which lets the squared error reach t = 1 "
@@ -264,7 +264,7 @@ PAPER = departures(ToyRecipe(taps=TAPS, warmup=50, share_noise=False))
 ABLATIONS = [
     Setting("baseline", "ablations", {}, "the validated recipe"),
     *[Setting(name, "ablations", changes) for name, changes in CHANGES.items()],
-    Setting("heads-normed", "ablations", {}, "GroupNorm in the heads", "normed"),
+    Setting("heads-normed", "ablations", {}, "GroupNorm, SiLU, no residual in the heads", "normed"),
     Setting("paper", "ablations", PAPER, "the paper's method", "normed"),
 ]
 
@@ -307,7 +307,7 @@ PEERS = [
     Setting("add", "peers", ADD, "ADD, with the baseline's learning rates", "add", "paper"),
     Setting("add-sds", "peers", {**ADD, "score_weighting": "sds"}, "", "add", "add"),
     Setting("add-nfsd", "peers", {**ADD, "score_weighting": "nfsd"}, "", "add", "add"),
-    Setting("classifier-heads", "peers", CLEAN, "the baseline with the heads of ADD", "add"),
+    Setting("classifier-heads", "peers", CLEAN, "the baseline on ADD's features", "add"),
 ]
 
 SETTINGS = {setting.name: setting for setting in (*ABLATIONS, *EXPERIMENTS, *PEERS)}

@@ -17,16 +17,16 @@ FIGURES = ("fid", "kid", "accuracy", "hue_entropy", "nfe", "ms_per_image")
 INTRODUCTION = """# The toy's benchmark
 
 Drawn by `python -m toy_mnist.benchmark --report` from `toy_mnist/results.jsonl`; no number here is
-typed by hand. Mean ± standard deviation over the seeds; figures in one cell are those of 4, 2 and 1
-steps (the teacher: 8, 4, 2 and 1). The last column says of the FID at 4, 2 and 1 steps whether it
-is better or worse than that of the setting in brackets, and its multiple of that (geometric mean
-over the seeds): a paired t-test on log FID, seed by seed, since runs of one seed see the same
-draws; two-sided, p < .05 in each single test, so of twenty differences that are none one will be
-called so. "Inside the noise" is a difference that this test does not show, "untested" one with a
-single seed in common. The alarm is the toy's for collapse, looked for after each quarter of the
-iterations and listed by seed (– = never; early on, a student that can't draw digits yet sets it off
-too); "collapsed" counts the runs that show it at their end. Seconds (of training) and ms per image
-are the least over the seeds, on whatever else the machine was doing.
+typed by hand. A cell has the figures of 4, 2 and 1 steps (other teachers than teacher@50: 8 to 1).
+
+- FID: mean ± standard deviation over the seeds. KID, accuracy and hue entropy: means.
+- FID against: × is the geometric mean of the ratios, seed by seed, to the setting in brackets: runs
+  of one seed see the same draws. Better or worse: p < .05 by a paired, two-sided t-test on log FID.
+  Of twenty differences that are none, about one is called so. Else "inside the noise"; "untested"
+  where fewer than two seeds have the FID of both.
+- First alarm: the iteration at which a run first showed collapse, by seed (–: never), looked for
+  after each quarter. A student that can't draw digits yet shows it too. "Collapsed": at the end.
+- Seconds (of training) and ms per image: the least over the seeds, beside other work.
 """
 
 
@@ -95,15 +95,15 @@ def change_words(setting):
     """In what a setting departs from the one it is held against; an experiment from REPORT."""
     other = SETTINGS[setting.against]
     base = other.changes or (REPORT if setting.group == "experiments" else {})
-    words = [f"{k} = {v}" for k, v in setting.changes.items() if base.get(k) != v]
+    words = [f"{k} = {v}".replace("'", "") for k, v in setting.changes.items() if base.get(k) != v]
     words += [f"{k} as in the baseline" for k in base if k not in setting.changes]
     words += [f"world = {setting.world}"] * (setting.world != other.world)
-    return ", ".join(words).replace("'", "")
+    return ", ".join(words)
 
 
 def row(setting, runs, others):
     """{heading: text}. runs, others: {seed: line} of the setting and of what it is held against."""
-    lines = list(runs.values())
+    lines, trained = list(runs.values()), setting.world not in SAMPLERS
     alarms = [line.get("diverged") and "diverged" or line.get("first_alarm") for line in lines]
     return {
         "setting": setting.name,
@@ -111,9 +111,9 @@ def row(setting, runs, others):
         "seeds": ", ".join(map(str, runs)),
         **{figure: in_words(runs, figure) for figure in FIGURES},
         "fid of its samples": "".join(f"{s['fid']:.4g}" for s in [lines[0].get("samples")] if s),
-        "first alarm": ", ".join(str(alarm or "–") for alarm in alarms),
-        "collapsed": f"{sum(line.get('collapsed', 0) for line in lines)} of {len(lines)}",
-        "seconds": min(line.get("seconds", 0) for line in lines),
+        "first alarm": ", ".join(str(alarm or "–") for alarm in alarms if trained),
+        "collapsed": f"{sum(line.get('collapsed', 0) for line in lines)} of {len(lines)}" * trained,
+        "seconds": min(line.get("seconds", "") for line in lines),
         "fid against": f"{verdicts(runs, others)} ({setting.against})" if runs != others else "",
     }
 
@@ -141,7 +141,7 @@ def section(budget, runs):
 
 
 def draw(path, runs):
-    """Left: the ablations' FID as multiples of the baseline's. Right: FID and time of peers."""
+    """Left: the ablations' FID as multiples of the baseline's. Right: FID and time of some."""
     figure = Figure(figsize=(15, 10), layout="tight")
     left, right = figure.subplots(1, 2)
     left.set_title("FID ÷ the baseline's of the same seed: 4 (blue), 2 (orange), 1 (green) steps")
@@ -164,7 +164,7 @@ def draw(path, runs):
 
 
 def write(folder, lines):
-    """Both files. The picture is of the budget that was run last."""
+    """Both files. The picture is of the budget that was begun last."""
     folder.mkdir(parents=True, exist_ok=True)
     text = [INTRODUCTION, "![benchmark](benchmark.png)\n" if lines else "Nothing was run yet.\n"]
     missing = dict.fromkeys(SETTINGS)

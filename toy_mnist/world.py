@@ -37,7 +37,7 @@ class ToyRecipe(ladd.Recipe):
     guidance: float = ladd.field(1.3, "its classifier-free guidance w (1 = none)")
     guidance_low: float = ladd.field(0.2, "guidance holds from this t")
     guidance_high: float = ladd.field(0.8, "guidance holds up to this t")
-    real: str = ladd.field("teacher", "shown as real: its samples, or MNIST", ("teacher", "data"))
+    real: str = ladd.field("teacher", "shown as real: its samples or MNIST's", ("teacher", "data"))
 
 
 TAPS = ("enc.1", "enc.3", "mid.1", "dec.1", "dec.3")
@@ -155,7 +155,7 @@ class ToyWorld(ladd.World):
         return ladd.sample_euler(self.guide(velocity), noise, times, label)
 
     def cache_path(self, name):
-        """The folder of samples, named by what decides every bit of them."""
+        """The folder of samples, named by what decides them."""
         made_of = {**self.fingerprint(), "device": self.device.type, "dtype": self.options.dtype}
         digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
         return Path(self.options.out).expanduser() / "cache" / f"{name}-{digest[:16]}"

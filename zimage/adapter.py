@@ -127,7 +127,7 @@ def model_folder(model):
 
 def model_fingerprint(folder, parts=DECIDING):
     """A digest of some parts' files, by default of those that decide the teacher's samples: names,
-    sizes, and 64 KiB of either end of each (32 GB are not read through)."""
+    sizes, and 64 KiB of either end of each (the files are not read through)."""
     digest = hashlib.sha256()
     for part in parts:
         for path in sorted(p for p in (Path(folder) / part).glob("[!.]*") if p.is_file()):

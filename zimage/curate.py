@@ -3,8 +3,8 @@
     python -m zimage.curate --write 10000 --out train.txt     and train-heldout.txt beside it
     python -m zimage.curate mine.csv more.jsonl --out train.txt
 
-Duplicates, near-duplicates, control characters and over-long prompts go; OUT.dropped.tsv says which
-and why. The same command writes the same files.
+Duplicates, near-duplicates, over-long prompts and those with control characters go;
+train.dropped.tsv says which and why. The same command writes the same files.
 """
 
 import csv
@@ -126,7 +126,7 @@ def main(argv=None):
     add = parser.add_argument
     add("files", nargs="*", metavar="FILE", help=f"ending in {', '.join(data.ENDINGS)}")
     add("--write", type=int, default=0, metavar="N", help="write so many prompts, from no file")
-    add("--held-out", type=int, default=1000, metavar="N", help="and so many held-out ones (1000)")
+    add("--held-out", type=int, default=1000, metavar="N", help="held-out prompts beside it (1000)")
     add("--seed", type=int, default=0, help="of --write (0)")
     add("--out", required=True, type=Path, metavar="FILE", help="a new .txt, one prompt per line")
     options = parser.parse_args(argv)

@@ -166,7 +166,7 @@ class Latents:
     def read(self, start, count, batch, seed):
         """`get` of the places start .. start + count - 1 of an endless reader, which has no state:
         place p lies in joint batch p // batch. All of a joint batch have one size, and one padded
-        caption length where it does not straddle two. The places asked for are of one batch."""
+        caption length unless it straddles two of them. The places asked for are of one batch."""
         number, place = divmod(start, batch)
         per_epoch = sum(-(-n // batch) for n in Counter(self.sizes[: len(self.trained)]).values())
         epoch, k = divmod(number, per_epoch)

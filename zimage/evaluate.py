@@ -7,7 +7,7 @@ prompts: the next of --seeds, the first after the last (with one seed, that seed
 teacher's own row is the floor. Judged against images of its own starting noise, a student would be
 flattered for every image that it repeats. untrained@N is the mark to beat.
 
-The images are kept as PNG under RUN/evaluation, in folders named by what made them. A run that was
+The images are kept as PNG under RUN/evaluation, in folders named by what made them. What was
 stopped goes on. The ranks share the prompts, and the first one judges.
 """
 

@@ -46,8 +46,8 @@ def add_arguments(group):
     add("--plan", action="store_true", help="print memory, hours and money of it all, and end")
     add("--gpus", type=int, default=8, metavar="N", help="GPUs of the plan (8)")
     add("--gpu", choices=CARDS, default="a100-80g", help="their kind (a100-80g)")
-    add("--resolution", type=adapter.parse_sizes, default="512", help="512 or 640x384 (512)")
-    add("--prompts", type=int, default=10_000, metavar="N", help="its prompts (10000)")
+    add("--resolution", type=adapter.parse_sizes, default="512", help="the plan's size (512)")
+    add("--prompts", type=int, default=10_000, metavar="N", help="the plan's prompts (10000)")
     add("--price", type=float, default=0.0, metavar="X", help="money per GPU-hour")
     add("--hours", type=float, default=100.0, metavar="X", help="GPU-hours at hand (100)")
     add("--disk", type=float, default=1.0, metavar="X", help="GB per second of the disk (1)")
@@ -106,8 +106,8 @@ def storages(tensors):
 
 
 def shares(recipe, n, parts, student_turn):
-    """Of micro-batches of n samples, the share that takes part in each call made for some only: a
-    mean over the draws. Where none does, the core lets one."""
+    """The share of a micro-batch of n samples that takes part in each masked call: a mean over the
+    draws. Where none does, the core lets one."""
     probs = dict(zip(recipe.times, recipe.time_probs, strict=True))
     before = [sum(probs[t] for t in probs if t < start) for start in recipe.times[:-1]]
     steps = before * recipe.backward_simulation * parts
@@ -239,7 +239,7 @@ def page(recipe, options, settings, config):
     turns = sum(ladd.updates_student(recipe, i) for i in range(iterations))
     training = recipe.batch * (heads.flops * (iterations - turns) + both.flops * turns)
     kept = both.groups["student"] + both.groups["optimizer"] + both.groups["average"]
-    checkpoint = kept * (1 if recipe.lora_rank else gpus) + 0.75 * both.groups["heads"]
+    checkpoint = kept * (1 if recipe.lora_rank else gpus) + both.groups["heads"]
     saves = -(-iterations // settings.checkpoint_every)
     points = (iterations - 1) // (settings.evaluate_every or iterations)
     judged = gpus * (GRIDS + JUDGED * n * -(-count_held_out(made) // (n * gpus)))

@@ -3,8 +3,8 @@
     python -m zimage.precompute --model Tongyi-MAI/Z-Image --prompts train.txt --out data
     torchrun --nproc-per-node 8 -m zimage.precompute ...    a GPU makes every 8th shard
 
-Killed at any instant, the same command goes on where it was: whole shards stay, and what is made
-again comes out alike. `python ladd.py --zimage --plan` says beforehand what it will cost.
+After a kill the same command goes on where it was: whole shards stay, and what is made again comes
+out alike. `python ladd.py --zimage --plan` says beforehand what it will cost.
 """
 
 import datetime
@@ -37,9 +37,9 @@ def parse_options(argv):
     add("--guidance", type=float, default=5.0, metavar="W", help=text)
     add("--seed", type=int, default=0, help="keys the noise of every sample (%(default)s)")
     add("--batch", type=positive, default=4, help="samples at once, at most (%(default)s)")
-    add("--shard-size", type=positive, default=64, help="samples a kill can lose (%(default)s)")
+    add("--shard-size", type=positive, default=64, help="a kill loses at most one (%(default)s)")
     add("--clip", metavar="ID_OR_DIR", help="store the text vector of this CLIP model too")
-    add("--device", help="cuda or cpu (default: the first that is there)")
+    add("--device", help="cuda, mps or cpu (default: the first)")
     add("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="(%(default)s)")
     options = made.parse_args(argv)
     ok = 1 <= options.guidance < float("inf")

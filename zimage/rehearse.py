@@ -4,8 +4,8 @@
 
 Prompts -> precompute -> 4 iterations -> SIGKILL -> resume, 2 more -> sample -> KID -> export ->
 stock diffusers, each stage by the command that users run. It ends with "ready", or with what is
-wrong. Data and run lie in a temporary folder beside the picture, which needs room for two
-checkpoints. The picture and a log stay.
+wrong. Data and run lie in a temporary folder beside the picture. That folder needs room
+for two checkpoints, two students and an export. The picture and a log stay.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ def launch(gpus, words, log, until=None):
 
 
 def compare(folder, images, prompts, options, **call):
-    """UserError unless the stock pipeline in `folder` makes the first of `images` by `call`."""
+    """UserError unless the stock pipeline in `folder` makes the first four `images` by `call`."""
     pipe = adapter.load_pipeline(folder, getattr(torch, options.dtype), options.device)
     height, width = options.resolution[0]
     for i, prompt in enumerate(prompts[:4]):

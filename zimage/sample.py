@@ -129,7 +129,7 @@ def parser_for(name, doc):
 def add_sampling_arguments(parser):
     """Those that sample and evaluate have besides."""
     add = parser.add_argument
-    text = "a .txt with one prompt a line, .jsonl, .csv or .tsv (default: the held-out prompts)"
+    text = "a .txt with one prompt a line, .jsonl, .csv or .tsv (default: 100 shipped ones)"
     add("--prompts", default=PROMPTS, metavar="FILE", help=text)
     add("--steps", type=numbers, metavar="N,N", help="step counts of the student (default: 4,2,1)")
     add("--teacher-steps", type=positive, metavar="N", help="its steps (default: the data's)")
@@ -138,7 +138,7 @@ def add_sampling_arguments(parser):
     text = "512 or WIDTHxHEIGHT in pixels, multiples of 16 (default: %(default)s)"
     add("--resolution", type=adapter.parse_sizes, default="512", metavar="SIZE", help=text)
     add("--batch", type=positive, default=4, help="images per pass (default: %(default)s)")
-    add("--device", help="cuda or cpu (default: the first that is there)")
+    add("--device", help="cuda, mps or cpu (default: the first that is there)")
     add("--dtype", choices=("bfloat16", "float32"), help="(default: the device's)")
 
 

@@ -61,8 +61,8 @@ def main(argv=None):
     parser = ladd.Parser("python -m zimage.sweep", description=__doc__)
     add, here = parser.add_argument, max(1, torch.cuda.device_count())
     add("file", type=Path, metavar="FILE", help="the settings")
-    add("--seeds", type=sample.numbers, default="0,1,2", metavar="N,N", help="(%(default)s)")
-    add("--gpus", type=sample.positive, default=here, metavar="N", help="(%(default)s)")
+    add("--seeds", type=sample.numbers, default="0,1,2", metavar="N,N", help="each (%(default)s)")
+    add("--gpus", type=sample.positive, default=here, metavar="N", help="of a run (%(default)s)")
     text = "folder of the runs and of results.tsv (%(default)s)"
     add("--out", type=Path, default=Path("runs/sweep"), metavar="DIR", help=text)
     text = "options of zimage.evaluate, as in --judge='--prompts FILE --resolution 768'"

@@ -51,8 +51,8 @@ RECIPES = {
     # Ten times the learning rates: a guess.
     "zimage-lora": dataclasses.replace(ZIMAGE, lora_rank=64, student_lr=5e-5, head_lr=5e-4),
 }
-# A checkpoint of the full student is 98 GB: at these intervals writing and judging take a few
-# hundredths of the run, see --plan.
+# A checkpoint of the full student is 99 GB. At these intervals writing and judging take under one
+# hundredth of the run, see --plan.
 OPTIONS = ladd.Options(evaluate_every=2000, checkpoint_every=4000)
 
 
@@ -219,7 +219,7 @@ class ZImageWorld(ladd.World):
     def evaluate(self, student, run, step):
         """A grid: the student by 1, 2 and 4 steps from the noise that the teacher's latents have.
 
-        variance@N of its latents and distance@N, squared, to the teacher's: both are divided by
+        variance@N of its latents, and distance@N: squared, to the teacher's. Both are divided by
         the teacher's variance. They are to watch. The measure of quality is `feature_kid`.
         """
         x0, cond, noise = (v.to(self.device) for v in self.data.get(self.shown))
