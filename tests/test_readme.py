@@ -162,6 +162,14 @@ def test_the_table_of_results_is_drawn_from_the_benchmarks_runs():
     assert f"it trains for 8 (four seeds: FID {means})" in README and len(faster) == 4
 
 
+def test_each_measured_run_stands_in_the_log():
+    log = (ROOT / "docs" / "experiments.md").read_text()
+    runs = [d for d in LINES if d["budget"]["judge_samples"] == 10_000 and "4" in d["fid"]]
+    for d in runs:
+        figures = d["seed"], *(f"{d['fid'][k]:.2f}" for k in "421")
+        assert "| {} | {} | {} | {} |".format(*figures) in log and len(runs) >= 16, figures
+
+
 def test_what_departures_are_worth_is_drawn_from_the_benchmarks_runs():
     budget = next(line["budget"] for line in LINES if line["setting"] == "adversarial-0")
     shown = re.findall(r"`([\w-]+)`: × (\d+\.\d+) / (\d+\.\d+) / (\d+\.\d+)", README)
