@@ -703,7 +703,7 @@ def test_runs_are_drawn_beneath_each_other(job, tmp_path):
     for n in (1, 2):
         report.main([*runs[:n], "--picture", str(tmp_path / "picture.png")])
         with Image.open(tmp_path / "picture.png") as picture:
-            assert picture.size == (1400, 350 * n) and len(picture.getcolors(2**24)) > 20
+            assert picture.size == (1800, 350 * n) and len(picture.getcolors(2**24)) > 20
 
 
 def test_sample_draws_a_grid_of_the_finished_run(job, weights, toy, tmp_path, capsys):
