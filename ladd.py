@@ -785,7 +785,7 @@ class Options:
     keep: int = field(2, "checkpoints to keep", least=1)
     log_every: int = field(20, "iterations averaged in a line of metrics.jsonl", least=1)
     stop_on_collapse: bool = field(False, "end the run at the first sign of collapse")
-    dtype: str = field("float32", "of networks; not given: the fastest", ("bfloat16", "float32"))
+    dtype: str = field("float32", "of networks; command line: the fastest", ("bfloat16", "float32"))
 
     def __post_init__(self):
         type_fields(self)

@@ -164,9 +164,10 @@ def test_the_table_of_results_is_drawn_from_the_benchmarks_runs():
 def test_each_measured_run_stands_in_the_log():
     log = (ROOT / "docs" / "experiments.md").read_text()
     runs = [d for d in LINES if d["budget"]["judge_samples"] == 10_000 and "4" in d["fid"]]
+    assert len(runs) >= 16
     for d in runs:
         figures = d["seed"], *(f"{d['fid'][k]:.2f}" for k in "421")
-        assert "| {} | {} | {} | {} |".format(*figures) in log and len(runs) >= 16, figures
+        assert "| {} | {} | {} | {} |".format(*figures) in log, figures
         if (d["seed"], d["budget"]["iterations"]) == (3, 1500):
             assert " / ".join(figures[1:]) in " ".join(README.split()), figures
 
@@ -202,7 +203,7 @@ def lines_of(pattern):
 
 
 def test_the_files_keep_to_their_budgets():
-    assert lines_of("ladd.py") <= 1243
+    assert lines_of("ladd.py") <= 1242
     assert lines_of("toy_mnist/*.py") <= 1700
     assert lines_of("zimage/*.py") <= 2267
     assert lines_of("tests/*.py") - lines_of("tests/faults.py") <= 5055
@@ -220,8 +221,7 @@ def test_the_method_can_be_read_from_the_top():
 
 
 def test_the_planted_faults_still_fit_the_code():
-    page = (ROOT / "docs" / "faults.md").read_text()
-    assert page == faults.page(), "python tests/faults.py --write"
+    assert (ROOT / "docs" / "faults.md").read_text() == faults.page()  # or draw it: --write
     count = [(ROOT / fault.file).read_text().count(fault.old) for fault in faults.FAULTS]
     assert [faults.FAULTS[k].what for k in range(len(count)) if count[k] != 1] == []
     assert not any(fault.old == fault.new for fault in faults.FAULTS)

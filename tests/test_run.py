@@ -195,7 +195,7 @@ def test_the_teacher_is_frozen_whatever_its_mode(tmp_path):
     world = tiny.World(RECIPE)
     before = tiny.weights(world.teacher.train().requires_grad_(True))
     state = train(tmp_path / "run", world)
-    assert not any(m.training for m in world.teacher.modules())
+    assert not any(m.training or m._forward_hooks for m in world.teacher.modules())
     assert not any(p.requires_grad or p.grad is not None for p in world.teacher.parameters())
     assert torch.equal(tiny.weights(world.teacher), before) and state.student.training
 

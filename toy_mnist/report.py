@@ -153,8 +153,7 @@ def draw_curve(ax, lines, batch, title, names, level, meaning, scale):
     ax.set_xlabel("images seen", fontsize=12)
     ax.set_ylabel(title, fontsize=12)
     ax.set_yscale(scale, **({"subs": (2, 3, 5, 7)} if scale == "log" else {}))  # few labels
-    ax.yaxis.set_major_formatter("{x:g}")  # no powers of ten
-    ax.yaxis.set_minor_formatter("{x:g}")
+    ax.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")  # no powers of ten
     ax.legend(fontsize=10)
 
 

@@ -21,9 +21,8 @@ typed by hand. A cell has the figures of 4, 2 and 1 steps (other teachers than t
 
 - FID: mean ± standard deviation over the seeds. KID, accuracy and hue entropy: means.
 - FID against: × is the geometric mean of the ratios, seed by seed, to the setting in brackets: runs
-  of one seed see the same draws. Better or worse: p < .05 by a paired, two-sided t-test on log FID.
-  Of twenty differences that are none, about one is called so. Else "inside the noise"; "untested"
-  where fewer than two seeds have the FID of both.
+  of one seed see the same draws. Better or worse: p < .05 by a paired, two-sided t-test on log FID
+  (1 in 20 where nothing differs), else "inside the noise"; "untested": fewer than two common FIDs.
 - First alarm: the iteration at which a run first showed collapse, by seed (–: never), looked for
   after each quarter. A student that can't draw digits yet shows it too. "Collapsed": at the end.
 - Seconds (of training) and ms per image: the least over the seeds, beside other work.
@@ -103,17 +102,18 @@ def change_words(setting):
 
 def row(setting, runs, others):
     """{heading: text}. runs, others: {seed: line} of the setting and of what it is held against."""
-    lines, trained = list(runs.values()), setting.world not in SAMPLERS
-    alarms = [line.get("diverged") and "diverged" or line.get("first_alarm") for line in lines]
+    lines = list(runs.values())
+    trained = [line for line in lines if setting.world not in SAMPLERS]
+    alarms = [line.get("diverged") and "diverged" or line.get("first_alarm") for line in trained]
     return {
         "setting": setting.name,
         "departs by": change_words(setting),
         "seeds": ", ".join(map(str, runs)),
         **{figure: in_words(runs, figure) for figure in FIGURES},
         "fid of its samples": "".join(f"{s['fid']:.4g}" for s in [lines[0].get("samples")] if s),
-        "first alarm": ", ".join(str(alarm or "–") for alarm in alarms if trained),
-        "collapsed": f"{sum(line.get('collapsed', 0) for line in lines)} of {len(lines)}" * trained,
-        "seconds": min(line.get("seconds", "") for line in lines),
+        "first alarm": ", ".join(str(alarm or "–") for alarm in alarms),
+        "collapsed": f"{sum(d.get('collapsed', 0) for d in trained)} of {len(trained)}",
+        "seconds": min((d["seconds"] for d in lines if "seconds" in d), default=""),
         "fid against": f"{verdicts(runs, others)} ({setting.against})" if runs != others else "",
     }
 
@@ -132,11 +132,11 @@ def section(budget, runs):
     for group, description in GROUPS.items():
         chosen = [s for s in SETTINGS.values() if s.group == group and runs[s.name]]
         rows = [row(s, runs[s.name], runs[s.against]) for s in chosen]
-        cells = [[*rows[0]], ["---"] * len(rows[0]), *(r.values() for r in rows)] if rows else []
-        text += ["", f"### {group.capitalize()}", "", description, ""] if rows else []
-        text += ["| " + " | ".join(map(str, texts)) + " |" for texts in cells]
-        notes = [f"- {s.name}: {s.note}" for s in chosen if s.note]
-        text += ["", *notes] if notes else []
+        if rows:
+            cells = [[*rows[0]], ["---"] * len(rows[0]), *(r.values() for r in rows)]
+            text += ["", f"### {group.capitalize()}", "", description, ""]
+            text += ["| " + " | ".join(map(str, texts)) + " |" for texts in cells]
+            text += ["", *(f"- {s.name}: {s.note}" for s in chosen if s.note)]
     return [*text, ""]
 
 
@@ -167,7 +167,7 @@ def write(folder, lines):
     """Both files. The picture is of the budget that was begun last."""
     folder.mkdir(parents=True, exist_ok=True)
     text = [INTRODUCTION, "![benchmark](benchmark.png)\n" if lines else "Nothing was run yet.\n"]
-    missing = dict.fromkeys(SETTINGS)
+    missing = list(SETTINGS)
     for budget in {json.dumps(line["budget"]): line["budget"] for line in lines}.values():
         runs = {name: found(lines, setting, budget) for name, setting in SETTINGS.items()}
         text += section(budget, runs)

@@ -126,7 +126,7 @@ def main(argv=None):
     add = parser.add_argument
     add("files", nargs="*", metavar="FILE", help=f"ending in {', '.join(data.ENDINGS)}")
     add("--write", type=int, default=0, metavar="N", help="write so many prompts, from no file")
-    add("--held-out", type=int, default=1000, metavar="N", help="held-out prompts beside it (1000)")
+    add("--held-out", type=int, default=1000, metavar="N", help="held-out ones beside OUT (1000)")
     add("--seed", type=int, default=0, help="of --write (0)")
     add("--out", required=True, type=Path, metavar="FILE", help="a new .txt, one prompt per line")
     options = parser.parse_args(argv)
