@@ -152,7 +152,8 @@ def draw_curve(ax, lines, batch, title, names, level, meaning, scale):
     ax.set_xlim(0, None)
     ax.set_xlabel("images seen", fontsize=12)
     ax.set_ylabel(title, fontsize=12)
-    ax.set_yscale(scale, **({"subs": (2, 3, 5, 7)} if scale == "log" else {}))  # few labels
+    if scale == "log":
+        ax.set_yscale("log", subs=(2, 3, 5, 7))  # few labels
     ax.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")  # no powers of ten
     ax.legend(fontsize=10)
 
