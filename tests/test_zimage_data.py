@@ -422,7 +422,7 @@ def test_other_folders_and_vectors_are_refused(place, tmp_path):
     with pytest.raises(ladd.UserError, match="holds no manifest.json"):
         data.Latents(tmp_path)
     (tmp_path / "manifest.json").write_text('{"kind": "other"}')
-    with pytest.raises(ladd.UserError, match="its manifest is no 'zimage data"):
+    with pytest.raises(ladd.UserError, match="holds no manifest.json"):
         data.Latents(tmp_path)
     with pytest.raises(ladd.UserError, match="holds no such vector; take one of qwen, clip"):
         data.Latents(place.made, vector="t5")

@@ -99,13 +99,12 @@ def count_held_out(count):
 
 def read_manifest(folder):
     """The manifest of a data folder; UserError where there is none, or another kind."""
-    path, way_out = Path(folder) / "manifest.json", "name a folder that zimage.precompute made"
-    check(path.exists(), f"--data {folder}: holds no manifest.json; {way_out}")
-    with contextlib.suppress(ValueError):
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(manifest, dict) and manifest.get("kind") == KIND:
+    with contextlib.suppress(OSError, ValueError):
+        manifest = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
+        if manifest.get("kind") == KIND:
             return manifest
-    raise UserError(f"--data {folder}: its manifest is no '{KIND}'; {way_out}")
+    why = f"holds no manifest.json of the kind {KIND!r}"
+    raise UserError(f"--data {folder}: {why}; name a folder that zimage.precompute made")
 
 
 def is_whole(folder, shard, made_of):
