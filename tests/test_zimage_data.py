@@ -131,8 +131,8 @@ def test_bad_prompts_are_refused_by_file_and_line(tmp_path, name):
         data.read_prompts(tmp_path / name)
 
 
-def test_an_over_long_prompt_is_refused_with_its_count(place, tmp_path, capsys):
-    room = adapter.MAX_TOKENS - precompute.count_tokens(tiny_zimage.tokenizer(), [""])[0]
+def test_an_over_long_prompt_is_refused_with_its_count(place, latents, tmp_path, capsys):
+    room = adapter.MAX_TOKENS - latents.lengths[PROMPTS.index("tea")] + len("tea")
     file = tmp_path / "p.txt"
     file.write_text("a\n" + "x" * (room + 1))  # a token a character
     says = "'xxxxx", "513 tokens with the chat template, but the model reads 512"

@@ -52,14 +52,6 @@ def start_ranks():
     return PartialState(cpu=True, timeout=datetime.timedelta(days=7))
 
 
-def count_tokens(tokenizer, prompts):
-    """Tokens of each prompt with the chat template, as `ZImagePipeline` counts them: [int]."""
-    template = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
-    turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    texts = [tokenizer.apply_chat_template(turn, **template) for turn in turns]
-    return [len(ids) for ids in tokenizer(texts).input_ids]
-
-
 def make_shard(pipe, clip, shard, prompts, options):
     """The tensors of a planned shard, whose prompts are given."""
     # The empty prompt is the pipeline's own negative one.
@@ -84,9 +76,12 @@ def make_shard(pipe, clip, shard, prompts, options):
 def make_manifest(options, argv, folder, clip):
     """What the data is made of and the plan of its shards, as a dict; and the prompts."""
     prompts = data.read_prompts(options.prompts)
-    parts = {"transformer": None, "text_encoder": None, "vae": None}
-    pipe = adapter.load_pipeline(folder, None, "cpu", **parts)
-    lengths = count_tokens(pipe.tokenizer, prompts)
+    pipe = adapter.load_pipeline(folder, None, "cpu", transformer=None, text_encoder=None, vae=None)
+    # The chat template of `ZImagePipeline`, to count as it does.
+    template = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
+    turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    texts = pipe.tokenizer.apply_chat_template(turns, **template)
+    lengths = [len(ids) for ids in pipe.tokenizer(texts).input_ids]
     for prompt, n in zip(prompts, lengths, strict=True):
         why = f"{n} tokens with the chat template, but the model reads {adapter.MAX_TOKENS}"
         check(n <= adapter.MAX_TOKENS, f"--prompts: {prompt[:40]!r} ...: {why}; shorten it")
