@@ -161,7 +161,6 @@ def test_features_hold_image_tokens_alone_in_a_mixed_batch(model, data, pipe):
 
 
 def load(model, sharded):
-    fsdp.start_alone(CPU)
     folder = model / "transformer"
     config = fsdp.ZImageTransformer2DModel.load_config(folder)
     return fsdp.load_teacher(folder, config, torch.float32, CPU, sharded)

@@ -16,13 +16,6 @@ import ladd
 from zimage.adapter import load_transformer
 
 
-def start_alone(device):
-    """FSDP wants a process group; without torchrun it is a group of one."""
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-
-
 def skeleton(config):
     """The transformer of a configuration, without memory for its weights."""
     with torch.device("meta"):
@@ -44,6 +37,9 @@ def shard(model, device, compute_dtype, **root):
 
 def load_teacher(folder, config, dtype, device, sharded):
     """The transformer in `folder`, in dtype, frozen; whole on every rank, or sharded over them."""
+    if not dist.is_initialized():  # without torchrun
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     weights = load_transformer(folder, dtype).state_dict() if ladd.rank() == 0 else {}
     model = torch.nn.Module.to(skeleton(config), dtype)  # diffusers' own `to` warns in vain
     if sharded:

@@ -125,7 +125,6 @@ class ZImageWorld(ladd.World):
         check_taps(recipe.taps, config["n_layers"])
         self.check_memory(recipe, fsdp.skeleton(config))
 
-        fsdp.start_alone(device)
         self.nothing = ladd.on_rank0(lambda: self.load_vae_and_encode_nothing(folder)).to(device)
         sharded = options.teacher_sharded
         teacher = fsdp.load_teacher(folder / "transformer", config, self.dtype, device, sharded)
