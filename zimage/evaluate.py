@@ -160,16 +160,9 @@ def main(argv=None, features=None):
     if not state.is_main_process:
         return
     height, width = options.resolution
-    conditions = {
-        "iteration": run.recipe.iterations,
-        "images": len(prompts),
-        "seeds": seeds,
-        "resolution": f"{width}x{height}",
-        "guidance": options.guidance,
-        "dtype": options.dtype,
-        "prompts": str(options.prompts),
-        "clip": options.clip,
-    }
+    conditions = {k: getattr(options, k) for k in ("seeds", "guidance", "dtype", "clip")}
+    conditions |= {"iteration": run.recipe.iterations, "images": len(prompts)}
+    conditions |= {"resolution": f"{width}x{height}", "prompts": str(options.prompts)}
     rows = judge(wanted, folders, prompts, options, features, clip)
     ladd.write_json(run.folder / "report.json", {"rows": rows, "conditions": conditions})
     (run.folder / "report.md").write_text(markdown(rows, conditions), encoding="utf-8")
