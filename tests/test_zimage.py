@@ -680,7 +680,7 @@ def test_the_card_and_the_scheduler(place, tmp_path):
 
     run = sample.open_run(changed_run(place, tmp_path))
     (run.folder / "report.md").write_text("| student@4 | 0.0125 |")
-    card = export.model_card(dataclasses.replace(run, model="some/model"), "x", "bfloat16")
+    card = export.model_card(run._replace(model="some/model"), "x", "bfloat16")
     assert "base_model: some/model" in card and "| student@4 | 0.0125 |" in card
 
 

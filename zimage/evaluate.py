@@ -66,10 +66,9 @@ def make_images(run, wanted, folders, prompts, options, state):
         way: [(s, i) for s in seeds for i in own if not png(folders[way], s, i).exists()]
         for way, seeds in wanted.items()
     }
-    for way, keys, made in sample.images(run, jobs, prompts, options):
-        for key, image in zip(keys, made, strict=True):
-            with ladd.replacing(png(folders[way], *key)) as part:
-                image.save(part, "PNG")
+    for way, key, image in sample.images(run, jobs, prompts, options):
+        with ladd.replacing(png(folders[way], *key)) as part:
+            image.save(part, "PNG")
 
 
 def inception(folder, device):

@@ -8,10 +8,10 @@ the same, up to rounding, in whatever batch or process it is made.
 """
 
 import argparse
-import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -24,8 +24,7 @@ from zimage.world import ZImageRecipe, draw_grid
 PROMPTS = Path(__file__).parent / "prompts" / "heldout.txt"
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """A finished Z-Image run."""
 
     folder: Path
@@ -50,8 +49,7 @@ def open_run(folder, model=None):
     return Run(folder, made_of, recipe, model, base)
 
 
-@dataclasses.dataclass(frozen=True)
-class Way:
+class Way(NamedTuple):
     """A way of sampling: one column of a picture, one row of a table."""
 
     name: str  # say "student@4"
@@ -89,11 +87,8 @@ def sample_latents(pipe, recipe, way, captions, null, keys, size):
 
 
 def images(run, jobs, prompts, options):
-    """Make images, a batch at a time. jobs: {Way: [(seed, prompt's index), ...]}.
-
-    Yields (way, keys, PIL images). Base model and student are loaded one after the other, each only
-    where a job needs it.
-    """
+    """Yields (way, key, PIL image), made a batch at a time. jobs: {Way: [key, ...]}; a key is
+    (seed, prompt's index). Of base model and student each is loaded only where a job needs it."""
     dtype, device = getattr(torch, options.dtype), options.device
     used = sorted({k for keys in jobs.values() for _, k in keys})
     if not used:
@@ -115,7 +110,8 @@ def images(run, jobs, prompts, options):
                 group = [keys[row] for row in rows]
                 told = [captions[k] for _, k in group]
                 x0 = sample_latents(pipe, run.recipe, way, told, null, group, options.resolution)
-                yield way, group, adapter.decode(pipe.vae, x0)
+                for key, image in zip(group, adapter.decode(pipe.vae, x0), strict=True):
+                    yield way, key, image
 
 
 def parser_for(name, doc):
@@ -188,9 +184,8 @@ def main(argv=None):
     keys = [(options.seed, index) for index in range(len(prompts))]
     titles = {way: f"{way.name}\n{way.nfe} evaluation{'s' * (way.nfe > 1)}" for way in ways}
     columns = {title: [None] * len(keys) for title in titles.values()}
-    for way, group, shown in images(run, dict.fromkeys(ways, keys), prompts, options):
-        for (_, index), image in zip(group, shown, strict=True):
-            columns[titles[way]][index] = image
+    for way, (_, index), image in images(run, dict.fromkeys(ways, keys), prompts, options):
+        columns[titles[way]][index] = image
     draw_grid(out, columns, prompts)
     print(out)
 
