@@ -17,6 +17,7 @@ import torch
 import transformers
 from diffusers.image_processor import VaeImageProcessor
 from einops import rearrange
+from huggingface_hub import snapshot_download
 from torch import nn
 from tqdm import tqdm
 
@@ -109,8 +110,6 @@ def model_folder(model):
     scheduler's shift."""
     folder = Path(model)
     if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
         try:
             folder = Path(snapshot_download(str(model)))
         except Exception as error:  # the hub raises some ten kinds: no such name, no network, ...

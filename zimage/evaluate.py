@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from cleanfid.fid import get_files_features, kernel_distance
+from cleanfid.inception_torchscript import InceptionV3W
 from PIL import Image
 
 import ladd
@@ -59,22 +60,8 @@ def png(folder, seed, index):
     return folder / f"seed-{seed}" / f"{index:05d}.png"
 
 
-def make_images(run, wanted, folders, prompts, options, state):
-    """Make this rank's share of the PNGs that are not there yet. wanted: {Way: seeds}."""
-    own = range(state.process_index, len(prompts), state.num_processes)
-    jobs = {
-        way: [(s, i) for s in seeds for i in own if not png(folders[way], s, i).exists()]
-        for way, seeds in wanted.items()
-    }
-    for way, key, image in sample.images(run, jobs, prompts, options):
-        with ladd.replacing(png(folders[way], *key)) as part:
-            image.save(part, "PNG")
-
-
 def inception(folder, device):
     """clean-fid's Inception: images [B, 3, 299, 299] in 0 .. 255 -> features [B, 2048]."""
-    from cleanfid.inception_torchscript import InceptionV3W
-
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return InceptionV3W(str(folder)).to(device).eval()
@@ -154,7 +141,14 @@ def main(argv=None, features=None):
         features = features or inception(options.features, options.device)
         clip = adapter.Clip(options.clip, options.device) if options.clip else None
     folders = {way: image_folder(run, way, prompts, options) for way in wanted}
-    make_images(run, wanted, folders, prompts, options, state)
+    own = range(state.process_index, len(prompts), state.num_processes)
+    missing = {
+        way: [(s, i) for s in seeds for i in own if not png(folders[way], s, i).exists()]
+        for way, seeds in wanted.items()
+    }
+    for way, key, image in sample.images(run, missing, prompts, options):
+        with ladd.replacing(png(folders[way], *key)) as part:
+            image.save(part, "PNG")
     state.wait_for_everyone()
     if not state.is_main_process:
         return
