@@ -156,7 +156,7 @@ def test_the_page_adds_up_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "JUDGED", 10**9)  # or they would round to nothing
     words = "--resolution 128 --micro-batch 4 --prompts 1000000000 --price 3 --hours 3"
     words = options(f"{words} --evaluate-every 500")
-    page = plan.plan(RECIPE, words, CONFIG)
+    page = "\n".join(plan.plan(RECIPE, words, CONFIG))
     rows = {line[:34].strip(): line[34:].replace(",", "").split() for line in page.split("\n")}
     prompts, money = float(rows["1,000,000,000 prompts"][1]), float(rows["money at 3 an hour"][0])
     assert prompts == pytest.approx(1e11 * forward() / (0.5 * 312e12) / 3600, abs=0.01)
@@ -166,6 +166,6 @@ def test_the_page_adds_up_and_writes_nothing(tmp_path, monkeypatch):
     assert rows["micro-batch 4 fits; largest:"] == ["8"] and not list(tmp_path.iterdir())
     for gpus in (3, 0):
         with pytest.raises(ladd.UserError, match=f"give a multiple of --gpus {gpus}"):
-            plan.plan(RECIPE, options(f"--gpus {gpus}"), CONFIG)
+            next(plan.plan(RECIPE, options(f"--gpus {gpus}"), CONFIG))
     with pytest.raises(ladd.UserError, match="'foo'.* is no layer"):
-        plan.plan(dataclasses.replace(RECIPE, taps=("foo",)), options(""), CONFIG)
+        next(plan.plan(dataclasses.replace(RECIPE, taps=("foo",)), options(""), CONFIG))

@@ -201,14 +201,12 @@ def fake_rank(recipe, options):
 
 
 def plan(recipe, options, config=None):
-    """The page of --plan. options: the command line; config: as in `trace`."""
+    """Yields the lines of --plan. options: the command line; config: as in `trace`."""
     with fake_rank(recipe, options) as settings:
-        return "\n".join(page(recipe, options, settings, config))
-
-
-def page(recipe, options, settings, config):
-    """Yields the lines."""
-    n = settings.micro_batch
+        n = settings.micro_batch
+        heads, both = (trace(recipe, options, n, turn, config) for turn in (False, True))
+        other = 1 if n > 1 else 2  # a line through two micro-batches tells of all
+        slope = (both.peak - trace(recipe, options, other, True, config).peak) / (n - other)
     (tflops, room), (height, width) = CARDS[options.gpu], options.resolution[0]
     gpus, made, iterations = options.gpus, options.prompts, recipe.iterations
 
@@ -222,12 +220,9 @@ def page(recipe, options, settings, config):
 
     yield f"{gpus} x {options.gpu} of {tflops} TFLOPS (dense bfloat16) and {room} GB"
     yield f"{width}x{height}, captions of {CAPTION} tokens, batch {recipe.batch}"
-    heads, both = (trace(recipe, options, n, turn, config) for turn in (False, True))
     yield "\n" + row("a GPU at its peak", "GB")
     yield from (row(f"  {group}", size / 1e9) for group, size in both.groups.most_common())
     yield row("  together", both.peak / 1e9)
-    other = 1 if n > 1 else 2  # a line through two micro-batches tells of all
-    slope = (both.peak - trace(recipe, options, other, True, config).peak) / (n - other)
     most = int(n + (room * 1e9 - both.peak) / slope)
     fit = [k for k in range(1, most + 1) if recipe.batch // gpus % k == 0]
     words = "fits" if n in fit else "DOES NOT FIT"

@@ -71,7 +71,7 @@ def add_arguments(group):
 
 def make_world(recipe, options, device):
     if options.plan:
-        print0(plan.plan(recipe, options))
+        print0("\n".join(plan.plan(recipe, options)))
         sys.exit()
     other = f"python -m zimage.sample {options.run} --steps {options.steps or 4}"
     check(not options.sample, f"--sample: for Z-Image it is {other}")
