@@ -29,11 +29,6 @@ ALIKE = 0.7  # share of `features` in common from which two prompts are one
 HELD_OUT = 8  # one in so many pairs of subject and setting is held out
 
 
-def is_held_out(subject, setting):
-    """To which file a pair belongs depends on the pair alone: no two runs can mix them up."""
-    return zlib.crc32(f"{subject}|{setting}".encode()) % HELD_OUT == 0
-
-
 def write_prompt(grammar, rng):
     """A random prompt of the grammar, and its pair of subject and setting."""
     kinds = grammar["kinds"]
@@ -61,7 +56,9 @@ def write(count, held_out, seed):
     drawn = {side: [] for side in wanted}
     while any(len(drawn[side]) < 1.3 * wanted[side] for side in wanted):  # some will go again
         text, pair = write_prompt(grammar, rng)
-        drawn["held out" if is_held_out(*pair) else "training"].append(text)
+        # To which side a pair belongs depends on the pair alone: no two runs can mix them up.
+        held = zlib.crc32("|".join(pair).encode()) % HELD_OUT == 0
+        drawn["held out" if held else "training"].append(text)
     texts = [(side, text) for side in wanted for text in drawn[side][: int(1.3 * wanted[side])]]
     kept, _ = clean(texts)
     found = [[text for s, text in kept if s == side][: wanted[side]] for side in wanted]
