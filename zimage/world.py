@@ -84,13 +84,6 @@ def make_world(recipe, options, device):
     return ZImageWorld(recipe, options, device)
 
 
-def check_latents(x0):
-    """UserError where the latents [B, 16, h, w] that are to be real samples are pure noise."""
-    neighbours = float((x0[..., 1:] * x0[..., :-1]).mean())
-    noise = abs(float(x0.var()) - 1) < 0.1 and abs(neighbours) < 0.1
-    check(not noise, "--data: its latents look like pure noise; make them by zimage.precompute")
-
-
 def check_taps(taps, layers):
     unknown = [name for name in taps if name not in map(str, range(layers))]
     why = f"taps = {list(taps)}: {unknown[:1]} is no layer of this transformer"
@@ -113,7 +106,10 @@ class ZImageWorld(ladd.World):
         self.data = Latents(options.data, vector=recipe.text_vector)
         sizes = self.data.sizes
         self.shown = [k for k in range(len(sizes)) if sizes[k] == sizes[0]][:GRID]  # in grids
-        check_latents(self.data.get(self.shown)[0])
+        x0, _, _ = self.data.get(self.shown)
+        neighbours = float((x0[..., 1:] * x0[..., :-1]).mean())
+        noise = abs(float(x0.var()) - 1) < 0.1 and abs(neighbours) < 0.1
+        check(not noise, "--data: its latents look like pure noise; make them by zimage.precompute")
         self.model = options.model or self.data.about["model"]
         folder = adapter.model_folder(self.model)
         print0(f"teacher {self.model}")
