@@ -9,9 +9,9 @@ mean over a caption's tokens, and, where asked for, vector.clip [n, D] float32.
 
 import contextlib
 import csv
+import functools
 import io
 import json
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -86,9 +86,9 @@ def plan_shards(lengths, sizes, shard_size):
         own = [i for i in range(len(lengths)) if sizes[i % len(sizes)] == (height, width)]
         for start in range(0, len(own), shard_size):
             indices = own[start : start + shard_size]
-            shard = {"name": f"shard-{len(shards):05d}.safetensors"}
-            shard |= {"height": height, "width": width, "indices": indices}
-            shards.append({**shard, "lengths": [lengths[i] for i in indices]})
+            shard = {"name": f"shard-{len(shards):05d}.safetensors", "indices": indices}
+            shard |= {"height": height, "width": width, "lengths": [lengths[i] for i in indices]}
+            shards.append(shard)
     return shards
 
 
@@ -144,7 +144,7 @@ class Latents:
                 self.places[i] = shard["name"], k
                 self.sizes[i] = shard["height"] // adapter.PIXELS, shard["width"] // adapter.PIXELS
                 self.lengths[i] = length
-        self.order = None, []  # the key of one epoch, and its batches
+        self.epoch_batches = functools.lru_cache(2)(self.epoch_batches)  # epoch 0 and today's
 
     def __len__(self):
         return self.about["count"]
@@ -167,11 +167,8 @@ class Latents:
         place p lies in joint batch p // batch. All of a joint batch have one size, and one padded
         caption length unless it straddles two of them. The places asked for are of one batch."""
         number, place = divmod(start, batch)
-        per_epoch = sum(-(-n // batch) for n in Counter(self.sizes[: len(self.trained)]).values())
-        epoch, k = divmod(number, per_epoch)
-        if self.order[0] != (epoch, batch, seed):
-            self.order = (epoch, batch, seed), self.epoch_batches(epoch, batch, seed)
-        return self.get(self.order[1][k][place : place + count])
+        epoch, k = divmod(number, len(self.epoch_batches(0, batch, seed)))  # all have as many
+        return self.get(self.epoch_batches(epoch, batch, seed)[k][place : place + count])
 
     def epoch_batches(self, epoch, batch, seed):
         """The joint batches of one epoch, in order, each a list of `batch` indices; keyed by
