@@ -282,13 +282,11 @@ class ZImageWorld(ladd.World):
         transformer = student.transformer
         if not self.recipe.lora_rank:
             transformer = fsdp.gather(transformer, self.dtype)  # on every rank: it exchanges
-
-        def write():
+        elif ladd.rank() == 0:
+            transformer = lora.merged(transformer)
+        if ladd.rank() == 0:
             with ladd.replacing(run / name) as part:
-                whole = lora.merged(transformer) if self.recipe.lora_rank else transformer
-                whole.save_pretrained(part)
-
-        ladd.on_rank0(write)
+                transformer.save_pretrained(part)
 
     def finish(self, student, run):
         self.save(student, run)
