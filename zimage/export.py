@@ -81,12 +81,10 @@ def export(run, out, dtype="bfloat16"):
     out = Path(out).expanduser().resolve()
     check(not any(out.glob("*")), f"--out {out}: not an empty folder; name another")
     kind = getattr(torch, dtype)
+    student = adapter.load_transformer(run.folder / "student", kind)
     renoise = run.recipe.sampler == "renoise"
-    parts = {
-        "transformer": adapter.load_transformer(run.folder / "student", kind),
-        "scheduler": FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=renoise),
-    }
-    pipe = adapter.load_pipeline(run.base, kind, "cpu", **parts)
+    even = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=renoise)
+    pipe = adapter.load_pipeline(run.base, kind, "cpu", transformer=student, scheduler=even)
     for module in (pipe, pipe.transformer, pipe.vae):  # what is shared names no folder from here
         module.register_to_config(_name_or_path="")
     with ladd.replacing(out) as part:
