@@ -47,14 +47,11 @@ class LoraVelocity(nn.Module):
             p.data = p.data.float()  # peft makes them in W's dtype: bfloat16 loses small updates
             if ladd.world_size() > 1:
                 dist.broadcast(p.data, 0)
-        self.velocity = [ZImageVelocity(student, dtype)]  # in a list: no submodule
-
-    @property
-    def transformer(self):
-        return self.velocity[0].transformer
+        # Past nn.Module, which would take them for submodules.
+        vars(self).update(transformer=student, velocity=ZImageVelocity(student, dtype))
 
     def forward(self, x_t, t, cond):
-        return self.velocity[0](x_t, t, cond)
+        return self.velocity(x_t, t, cond)
 
 
 def merged(transformer):
