@@ -24,6 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import ladd
 from zimage import adapter, fsdp
+from zimage import world as zworld  # which imports this module
 from zimage.data import count_held_out
 
 # Dense bfloat16 TFLOPS with float32 sums (half of what "with sparsity" says) and GB. Sources:
@@ -121,12 +122,10 @@ def trace(recipe, options, n, student_turn=True, config=None):
     """One rank's iteration by micro-batches of n samples: two of them, since later ones need no
     more memory. config: of a transformer; by default Z-Image's own. Returns a `Trace` with flops of
     one sample, and forward, those of one pass of the network."""
-    from zimage.world import ZImageWorld, check_taps  # which imports this module
-
     parts = min(2, recipe.batch // options.gpus // n) if student_turn else 1
     samples = n * parts
     recipe = dataclasses.replace(recipe, batch=options.gpus * samples)
-    world = object.__new__(ZImageWorld)  # opens no file
+    world = object.__new__(zworld.ZImageWorld)  # opens no file
     world.recipe, world.options = recipe, argparse.Namespace(**{**vars(options), "compile": False})
     world.device, world.dtype = torch.device("cpu"), torch.bfloat16
     world.data = argparse.Namespace(about={"guidance": 5.0})
@@ -139,7 +138,7 @@ def trace(recipe, options, n, student_turn=True, config=None):
     shapes = mock.patch.object(ShardingPropagator, name, unseen)
     with FakeTensorMode(allow_non_fake_inputs=True), found, shapes, meshes:
         net = torch.nn.Module.to(fsdp.skeleton(config or {}), world.dtype)
-        check_taps(recipe.taps, len(net.layers))
+        zworld.check_taps(recipe.taps, len(net.layers))
         if options.teacher_sharded:
             fsdp.shard(net, world.device, world.dtype, reshard_after_forward=None)
         net.to_empty(device="cpu").eval().requires_grad_(False)
@@ -188,9 +187,7 @@ def fake_rank(recipe, options):
     part = recipe.batch / max(options.gpus, 1)
     why = f"batch = {recipe.batch}: give a multiple of --gpus {options.gpus}, two samples for each"
     ladd.check(options.gpus > 0 and part % 1 == 0 and part >= 2, why)
-    from zimage.world import OPTIONS  # which imports this module
-
-    settings = dataclasses.replace(OPTIONS, **ladd.given(options, ladd.Options))
+    settings = dataclasses.replace(zworld.OPTIONS, **ladd.given(options, ladd.Options))
     n = settings.micro_batch or int(part)
     ladd.check(part % n == 0, f"--micro-batch {n}: give a divisor of batch / gpus = {part:g}")
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=options.gpus)
