@@ -72,24 +72,11 @@ def compared(options, untrained_steps):
     ]
 
 
-def sample_latents(pipe, recipe, way, captions, null, keys, size):
-    """Latents [B, 16, h, w] by `way`. pipe: a pipeline with the way's transformer; captions: B of
-    [L, C]; null [L, C]: the empty prompt's; keys: B (seed, prompt's index); size: (height, width).
-    """
-    h, w = (side // adapter.PIXELS for side in size)
-    noise = torch.stack([adapter.noise_for(*key, h, w) for key in keys]).to(pipe.device)
-    if way.guidance is not None:
-        return adapter.sample_teacher(pipe, captions, null, noise, way.steps, way.guidance)
-    cond = adapter.Prompts(captions, torch.zeros(len(captions), 0))
-    velocity = adapter.ZImageVelocity(pipe.transformer)
-    index = [1_000_000 * seed + k for seed, k in keys]
-    return ladd.sample_student(velocity, recipe, noise, cond, way.steps, index)
-
-
 def images(run, jobs, prompts, options):
     """Yields (way, key, PIL image), made a batch at a time. jobs: {Way: [key, ...]}; a key is
     (seed, prompt's index). Of base model and student each is loaded only where a job needs it."""
     dtype, device = getattr(torch, options.dtype), options.device
+    h, w = (side // adapter.PIXELS for side in options.resolution)
     used = sorted({k for keys in jobs.values() for _, k in keys})
     if not used:
         return
@@ -102,14 +89,21 @@ def images(run, jobs, prompts, options):
         own = {way: keys for way, keys in jobs.items() if keys and way.weights == weights}
         if not own:
             continue
+        velocity = pipe.transformer = None  # the base model goes before the student comes
         pipe.transformer = adapter.load_transformer(folder, dtype)
-        pipe.to(device)
+        velocity = adapter.ZImageVelocity(pipe.to(device).transformer)
         for way, keys in own.items():
             batches = adapter.batches([len(captions[k]) for _, k in keys], options.batch)
             for rows in adapter.progress(batches, way.name):
                 group = [keys[row] for row in rows]
                 told = [captions[k] for _, k in group]
-                x0 = sample_latents(pipe, run.recipe, way, told, null, group, options.resolution)
+                noise = torch.stack([adapter.noise_for(*key, h, w) for key in group]).to(device)
+                if way.guidance is None:
+                    cond = adapter.Prompts(told, torch.zeros(len(told), 0))
+                    index = [1_000_000 * seed + k for seed, k in group]
+                    x0 = ladd.sample_student(velocity, run.recipe, noise, cond, way.steps, index)
+                else:
+                    x0 = adapter.sample_teacher(pipe, told, null, noise, way.steps, way.guidance)
                 for key, image in zip(group, adapter.decode(pipe.vae, x0), strict=True):
                     yield way, key, image
 
