@@ -119,8 +119,7 @@ def model_folder(model):
     check(ok, f"--model {model}: holds no model_index.json; name the folder of a ZImagePipeline")
     shift = json.loads((folder / "scheduler" / "scheduler_config.json").read_text()).get("shift")
     if shift == 3.0 or "turbo" in Path(model).name.lower():
-        why = "looks like Z-Image-Turbo, distilled already"
-        ladd.print0(f"WARNING: {model} {why}; the base model is {BASE}")
+        ladd.print0(f"WARNING: {model} looks like Z-Image-Turbo, distilled already; take {BASE}")
     return folder
 
 

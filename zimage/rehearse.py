@@ -4,8 +4,8 @@
 
 Prompts -> precompute -> 4 iterations -> SIGKILL -> resume, 2 more -> sample -> KID -> export ->
 stock diffusers, each stage by the command that users run. It ends with "ready", or with what is
-wrong. Data and run lie in a temporary folder beside the picture. That folder needs room
-for two checkpoints, two students and an export. The picture and a log stay.
+wrong. All lies in a temporary folder beside the picture, which needs room for two checkpoints, two
+students and an export. The picture and a log stay.
 """
 
 import contextlib
@@ -122,8 +122,7 @@ def rehearse(place, options, recipe, more, planned):
     except ladd.UserError:
         judge = ["-c", PLUMBING]
         print("KID: plumbing only")
-    few = ["--seeds", 0, *drawn, "--prompts", place / "few.txt"]
-    stage("KID", gpus, *judge, run, *few)
+    stage("KID", gpus, *judge, run, "--seeds", 0, *drawn, "--prompts", place / "few.txt")
     stage("export", 1, "-m", "zimage.export", run, "--out", place / "export", *kind[2:])
     began, made_of = time.time(), json.loads((run / "config.json").read_text())["data"]
     steps, images = made_of["latents.steps"], run / "evaluation"

@@ -64,8 +64,7 @@ def add_arguments(group):
     add("--teacher-sharded", action="store_true", help=text)
     text = "whose activations are computed again, not kept: slower, far less memory (both)"
     add("--checkpointing", choices=("student", "both", "none"), default="both", help=text)
-    text = "torch.compile the blocks of student and teacher"
-    add("--compile", action="store_true", help=text)
+    add("--compile", action="store_true", help="torch.compile the blocks of student and teacher")
     plan.add_arguments(group)
 
 
