@@ -332,8 +332,8 @@ FAULTS = [
         12,
         "Z-Image's guidance off by one convention",
         "zimage/adapter.py",
-        "guidance_scale=guidance - 1",
-        "guidance_scale=guidance",
+        '"guidance_scale": guidance - 1',
+        '"guidance_scale": guidance',
         "test_zimage_data.py::test_samples_without_guidance_by_another_seed",
     ),
     # 13

@@ -206,16 +206,10 @@ def encode(pipe, prompts, batch=8):
 def sample_teacher(pipe, captions, null, noise, steps, guidance):
     """Noise [B, 16, h, w] -> the teacher's latents [B, 16, h, w], float32, by the stock pipeline.
     captions: B of [L_i, C]; null [L, C]: the empty prompt's; guidance: w >= 1, 1 for none."""
-    return pipe(
-        prompt_embeds=list(captions),
-        negative_prompt_embeds=[null] * len(noise),
-        latents=noise,
-        height=PIXELS * noise.shape[2],
-        width=PIXELS * noise.shape[3],
-        num_inference_steps=steps,
-        guidance_scale=guidance - 1,
-        output_type="latent",
-    ).images
+    texts = {"prompt_embeds": list(captions), "negative_prompt_embeds": [null] * len(noise)}
+    size = {"height": PIXELS * noise.shape[2], "width": PIXELS * noise.shape[3]}
+    settings = {"num_inference_steps": steps, "guidance_scale": guidance - 1}
+    return pipe(**texts, **size, **settings, latents=noise, output_type="latent").images
 
 
 @torch.no_grad()
