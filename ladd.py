@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import functools
 import hashlib
 import importlib
 import itertools
@@ -156,20 +155,19 @@ def tapped(root, names, forward, early_exit=True):
     modules, outputs = dict(root.named_modules()), {}
     check(names, "taps = (): name the modules of the teacher that the heads read")
 
-    def hook(name, module, inputs, output):
-        outputs.setdefault(name, output)
+    def hook(module, inputs, output):
+        outputs.setdefault(module, output)
         if early_exit and len(outputs) == len(names):
             raise LastTap
 
     with contextlib.ExitStack() as stack, contextlib.suppress(LastTap):
         for name in names:
             check(name in modules, f"taps: {name!r} is no module of the teacher")
-            handle = modules[name].register_forward_hook(functools.partial(hook, name))
-            stack.enter_context(handle)
+            stack.enter_context(modules[name].register_forward_hook(hook))
         forward()
     for name in names:
-        check(name in outputs, f"taps: {name!r} is never run by the teacher")
-    return [outputs[name] for name in names]
+        check(modules[name] in outputs, f"taps: {name!r} is never run by the teacher")
+    return [outputs[modules[name]] for name in names]
 
 
 # ---- 4. Heads: one small discriminator per tap (the paper does not spell them out) ---------------
