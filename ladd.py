@@ -860,7 +860,7 @@ def claim(run, config, resume, stack):
         changed.pop("iterations", None)  # a run may be made longer
         words = ", ".join(f"{k} = {new} (was {was})" for k, (was, new) in changed.items())
         check(not words, f"--resume: {run} was made otherwise: {words}; start a new run")
-        done = max(map(step_of, checkpoints(run)), default=0)
+        done = max(checkpoints(run), default=0)
         check(done <= asked, f"iterations = {asked}: {run} has done {done}")
     for part in run.glob(".*.part"):  # left by a killed process
         shutil.rmtree(part) if part.is_dir() else part.unlink()
@@ -989,12 +989,9 @@ def load_weights(path, kind):
 
 
 def checkpoints(run):
-    """The complete checkpoints of a run, the oldest first. DCP writes .metadata last."""
-    return sorted(path.parent for path in Path(run).glob("checkpoints/step-*/.metadata"))
-
-
-def step_of(checkpoint):
-    return int(checkpoint.name[5:])
+    """{step: folder} of a run's complete checkpoints, in order. DCP writes .metadata last."""
+    found = sorted(Path(run).glob("checkpoints/step-*/.metadata"))
+    return {int(path.parent.name[5:]): path.parent for path in found}
 
 
 def save_checkpoint(run, step, state_dict, keep=2):
@@ -1002,20 +999,20 @@ def save_checkpoint(run, step, state_dict, keep=2):
     path = Path(run) / "checkpoints" / f"step-{step:07d}"
     on_rank0(lambda: shutil.rmtree(path, ignore_errors=True))  # a cut-off one of this step
     dcp.save(state_dict, checkpoint_id=path, no_dist=not dist.is_initialized())
-    for old in checkpoints(run)[:-keep] if rank() == 0 else []:
+    for old in list(checkpoints(run).values())[:-keep] if rank() == 0 else []:
         shutil.rmtree(old)
 
 
 def load_checkpoint(run, state_dict):
     """(state_dict, step), filled in from the run's newest checkpoint; step 0 if there is none."""
-    newest = on_rank0(lambda: max(checkpoints(run), default=None))
+    step, newest = on_rank0(lambda: max(checkpoints(run).items(), default=(0, None)))
     for path in Path(run).glob("checkpoints/step-*"):
         if newest is None or path > newest:
             print0(f"{path}: cut off, passed over", file=sys.stderr)
     print0(f"going on from {newest}" if newest else "no complete checkpoint: training starts")
     if newest:
         dcp.load(state_dict, checkpoint_id=newest, no_dist=not dist.is_initialized())
-    return state_dict, step_of(newest) if newest else 0
+    return state_dict, step
 
 
 def snapshot(state):

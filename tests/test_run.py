@@ -204,7 +204,7 @@ def test_checkpoints_are_kept_as_asked(tmp_path):
     (tmp_path / "checkpoints" / "step-0000006").mkdir(parents=True)  # cut off by a kill
     for step in (2, 3, 4):
         ladd.save_checkpoint(tmp_path, step, {"x": torch.ones(1)}, keep=2)
-    assert [ladd.step_of(path) for path in ladd.checkpoints(tmp_path)] == [3, 4]
+    assert [*ladd.checkpoints(tmp_path)] == [3, 4]
 
 
 def test_a_finished_run_may_go_on_for_longer(tmp_path):
@@ -348,7 +348,7 @@ def test_collapse_is_called_out_and_ends_the_run_when_asked(tmp_path, capsys):
     assert "collapse? one hue" in capsys.readouterr().out
     with pytest.raises(ladd.UserError, match="collapsed at iteration 3"):
         train(tmp_path / "ended", world, evaluate_every=3, stop_on_collapse=True)
-    assert ladd.checkpoints(tmp_path / "ended")[-1].name == "step-0000003"
+    assert max(ladd.checkpoints(tmp_path / "ended")) == 3
 
 
 # ---- one run, one process ------------------------------------------------------------------------
@@ -556,7 +556,7 @@ SLOW = {**FIELDS, "student_lr": 1e-3, "head_lr": 1e-3}  # since AdamW enlarges r
 
 def some_iterations(rank, folder):
     """Resume the run and train it up to 2 iterations further."""
-    done = max(map(ladd.step_of, ladd.checkpoints(folder / "run")), default=0)
+    done = max(ladd.checkpoints(folder / "run"), default=0)
     recipe = tiny.make_recipe(**{**SLOW, "iterations": done + 2})
     state = train(folder / "run", recipe=recipe, resume=True, evaluate_every=1)
     return tiny.everything(state)

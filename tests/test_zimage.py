@@ -72,7 +72,7 @@ def distil(model, data, out, *more):
 
 def checkpoint(run):
     """A run's newest checkpoint as a flat dict of whole tensors, whatever ranks wrote it."""
-    dcp_to_torch_save(ladd.checkpoints(run)[-1], run / "whole.pt")
+    dcp_to_torch_save(max(ladd.checkpoints(run).values()), run / "whole.pt")
     leaves, _ = tree_flatten_with_path(torch.load(run / "whole.pt", weights_only=False))
     flat = {".".join(str(getattr(key, "key", key)) for key in path): leaf for path, leaf in leaves}
     return {name: leaf for name, leaf in flat.items() if isinstance(leaf, torch.Tensor)}
