@@ -1031,17 +1031,14 @@ def restore(state, run):
         dicts = {"model_state_dict": saved[name], "optim_state_dict": saved[f"{name}_opt"]}
         set_state_dict(getattr(state, name), getattr(state, f"{name}_opt"), **dicts)
     state.skipped, state.best = saved["skipped"], saved["best"]
-    on_rank0(lambda: trim_metrics(run, done))
+    log = run / "metrics.jsonl"  # loses the lines from after the checkpoint
+    if rank() == 0 and log.exists():
+        lines = log.read_text().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("}\n")]  # a kill may cut the last one off
+        kept = [line for line in whole if json.loads(line)["iteration"] <= done]
+        with replacing(log) as part:
+            part.write_text("".join(kept))
     return done
-
-
-def trim_metrics(run, step):
-    """Drop the lines from after the checkpoint, which a resumed run writes anew."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith("}\n")]  # a kill may cut the last one off
-    with replacing(path) as part:
-        part.write_text("".join(line for line in whole if json.loads(line)["iteration"] <= step))
 
 
 # ---- 13. Command line: an option for each field of Options and of the world's recipe -------------

@@ -566,7 +566,7 @@ FAULTS = [
         0,
         "the log keeps the lines from after the checkpoint",
         "ladd.py",
-        'if json.loads(line)["iteration"] <= step',
+        'if json.loads(line)["iteration"] <= done',
         "if json.loads(line)",
         "test_run.py::test_killed_in_an_iteration_and_resumed_is_never_killed",
     ),
