@@ -704,10 +704,14 @@ class State:
     def __init__(self, world, recipe, device, dtype=torch.float32):
         self.device = device
         b = read_batch(world, recipe, 0, 0, min(recipe.batch, 32), device)
+        x_t = interpolate(b.real, b.eps_real, b.t_real)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(recipe.seed)  # keys the initial weights
             self.student = world.make_student()
-            maps = world.features(interpolate(b.real, b.eps_real, b.t_real), b.t_real, b.cond)
+            parts = []  # two samples at a time take no more memory than training does
+            for k in b.index.split(2):
+                parts.append([m.cpu() for m in world.features(x_t[k], b.t_real[k], b.cond[k])])
+            maps = [torch.cat(m) for m in zip(*parts, strict=True)]
             for m in maps:
                 check(m.ndim == 4, f"taps: one gives {list(m.shape)}, not a map [B, C, H, W]")
             told = (world.head_cond(b.cond).shape[1], recipe.head_width, recipe.heads_see_t)
@@ -805,6 +809,8 @@ def train(world, recipe, run, options=None, losses=None):
         ok = part % size == 0 and size % 2 == 0  # misaligned pairs are neighbours
         check(ok, f"--micro-batch {size:g}: give an even part of batch / ranks = {part:g}")
         world.teacher.eval().requires_grad_(False)
+        for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
+            backend.allow_tf32 = options.dtype == "bfloat16"  # float32 that is asked for is exact
         device = next(world.teacher.parameters()).device
         state = State(world, recipe, device, getattr(torch, options.dtype))
         on_rank0(lambda: write_json(run / "config.json", config))
@@ -1202,6 +1208,9 @@ def run_command_line(work, argv=None):
     2: bad input, a run that can't go on, no room on disk or GPU. 130: Ctrl-C or SIGTERM.
     """
     no_room = SafetensorError, dcp.CheckpointException, torch.OutOfMemoryError
+    with contextlib.suppress(AttributeError):  # of a notebook, or closed
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors="backslashreplace")  # a console may lack a letter
     try:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):

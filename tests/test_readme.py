@@ -58,7 +58,7 @@ SMALLER = {  # what follows the words of the README's commands
     "zimage.curate": "--write 20 --held-out 4",
     "zimage.precompute": "--model model --resolution 32 --steps 2 --device cpu",
     "ladd --zimage": "--taps 0,2 --head-width 8 --iterations 1 --batch 2 --device cpu",
-    "zimage.evaluate": "--prompts prompts-heldout.txt --seeds 0 --device cpu",
+    "zimage.evaluate": "--seeds 0 --device cpu",
     "zimage.export": "",
 }
 

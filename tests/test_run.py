@@ -74,6 +74,20 @@ def whole(tmp_path_factory):
     return run, tiny.everything(train(run))
 
 
+def test_a_console_gets_a_letter_that_it_lacks_as_a_code(tmp_path, monkeypatch):
+    with open(tmp_path / "console", "w", encoding="ascii") as console:
+        monkeypatch.setattr(sys, "stdout", console)
+        assert ladd.run_command_line(lambda argv: print("läufe"), []) == 0
+    assert (tmp_path / "console").read_text() == "l\\xe4ufe\n"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_float32_that_is_asked_for_is_exact_on_a_gpu(tmp_path, dtype):
+    train(tmp_path, dtype=dtype)
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    assert [backend.allow_tf32 for backend in backends] == [dtype == "bfloat16"] * 2
+
+
 # ---- the command line, with the tiny world in place of the toy -----------------------------------
 
 

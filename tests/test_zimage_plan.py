@@ -154,8 +154,9 @@ def test_the_peak_is_what_a_gpu_measures(checkpointing):
 def test_the_page_adds_up_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plan, "JUDGED", 10**9)  # or they would round to nothing
+    monkeypatch.setattr(plan, "WEIGHTS", 0)  # whose disk would be all of it
     words = "--resolution 128 --micro-batch 4 --prompts 1000000000 --price 3 --hours 3"
-    words = options(f"{words} --evaluate-every 500")
+    words = options(f"{words} --evaluate-every 500 --checkpoint-every 100 --disk 1e-6")
     page = "\n".join(plan.plan(RECIPE, words, CONFIG))
     rows = {line[:34].strip(): line[34:].replace(",", "").split() for line in page.split("\n")}
     prompts, money = float(rows["1,000,000,000 prompts"][1]), float(rows["money at 3 an hour"][0])
@@ -164,8 +165,11 @@ def test_the_page_adds_up_and_writes_nothing(tmp_path, monkeypatch):
     assert judged == pytest.approx(prompts * 3 * 64 * 1e9 / 1e11, rel=5e-3)
     assert money == pytest.approx(3 * float(rows["together"][1]), abs=0.02)
     assert rows["micro-batch 4 fits; largest:"] == ["8"] and not list(tmp_path.iterdir())
-    for gpus in (3, 0):
-        with pytest.raises(ladd.UserError, match=f"give a multiple of --gpus {gpus}"):
+    whole = 16 * sum(p.numel() for p in fsdp.skeleton(CONFIG).parameters())  # in both parts
+    checkpoints = 2 * 20 * whole / 1e3 / 3600  # GPU-hours for 20, at a KB/s
+    assert float(rows["20 checkpoints"][1]) == pytest.approx(checkpoints, rel=0.02)
+    for gpus in (3, 16, 0):
+        with pytest.raises(ladd.UserError, match=f"give each of --gpus {gpus} an even number"):
             next(plan.plan(RECIPE, options(f"--gpus {gpus}"), CONFIG))
     with pytest.raises(ladd.UserError, match="'foo'.* is no layer"):
         next(plan.plan(dataclasses.replace(RECIPE, taps=("foo",)), options(""), CONFIG))

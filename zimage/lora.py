@@ -21,7 +21,7 @@ stock pipeline asks for only without the scheduler's shift, so change the schedu
 
     from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
     pipe = ZImagePipeline.from_pretrained("{model}")
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0{more})
     pipe.load_lora_weights("{folder}")
     image = pipe("a red fox in fresh snow", {call}).images[0]
 """
@@ -63,13 +63,14 @@ def merged(transformer):
     return whole
 
 
-def save(transformer, folder, model, call):
+def save(transformer, folder, model, call, more):
     """LoRA's weights alone, for `ZImagePipeline.load_lora_weights(folder)`, and how to sample them.
 
-    model: the base model; call: the arguments with which its pipeline asks for the trained times.
+    model: the base model; call: the arguments with which its pipeline asks for the trained times;
+    more: arguments of its scheduler.
     """
     with ladd.replacing(folder) as part:
         layers = get_peft_model_state_dict(transformer)
         ZImagePipeline.save_lora_weights(part, transformer_lora_layers=layers)
-        card = CARD.format(model=model, folder=folder, call=call)
+        card = CARD.format(model=model, folder=folder, call=call, more=more)
         (part / "README.md").write_text(card, encoding="utf-8")

@@ -185,11 +185,13 @@ def trace(recipe, options, n, student_turn=True, config=None):
 def fake_rank(recipe, options):
     """Inside, this is one of --gpus ranks. Yields `ladd.Options` with micro_batch filled in."""
     part = recipe.batch / max(options.gpus, 1)
-    why = f"batch = {recipe.batch}: give a multiple of --gpus {options.gpus}, two samples for each"
-    ladd.check(options.gpus > 0 and part % 1 == 0 and part >= 2, why)
+    why = f"batch = {recipe.batch}: give each of --gpus {options.gpus} an even number of samples"
+    ladd.check(options.gpus > 0 and part % 2 == 0, why)
     settings = dataclasses.replace(zworld.OPTIONS, **ladd.given(options, ladd.Options))
     n = settings.micro_batch or int(part)
-    ladd.check(part % n == 0, f"--micro-batch {n}: give a divisor of batch / gpus = {part:g}")
+    why = f"--micro-batch {n}: give an even part of batch / gpus = {part:g}"
+    ladd.check(part % n == 0 and n % 2 == 0, why)
+    ladd.check(len(options.resolution) == 1, "--resolution: give one size")
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=options.gpus)
     try:
         yield dataclasses.replace(settings, micro_batch=n)
@@ -202,8 +204,8 @@ def plan(recipe, options, config=None):
     with fake_rank(recipe, options) as settings:
         n = settings.micro_batch
         heads, both = (trace(recipe, options, n, turn, config) for turn in (False, True))
-        other = 1 if n > 1 else 2  # a line through two micro-batches tells of all
-        slope = (both.peak - trace(recipe, options, other, True, config).peak) / (n - other)
+        one = trace(recipe, options, 1, True, config)  # a line through two sizes tells of all
+        slope = (both.peak - one.peak) / (n - 1)
     (tflops, room), (height, width) = CARDS[options.gpu], options.resolution[0]
     gpus, made, iterations = options.gpus, options.prompts, recipe.iterations
 
@@ -217,11 +219,12 @@ def plan(recipe, options, config=None):
 
     yield f"{gpus} x {options.gpu} of {tflops} TFLOPS (dense bfloat16) and {room} GB"
     yield f"{width}x{height}, captions of {CAPTION} tokens, batch {recipe.batch}"
+    yield f"a disk that all GPUs share, of {options.disk:g} GB/s"
     yield "\n" + row("a GPU at its peak", "GB")
     yield from (row(f"  {group}", size / 1e9) for group, size in both.groups.most_common())
     yield row("  together", both.peak / 1e9)
     most = int(n + (room * 1e9 - both.peak) / slope)
-    fit = [k for k in range(1, most + 1) if recipe.batch // gpus % k == 0]
+    fit = [k for k in range(2, most + 1, 2) if recipe.batch // gpus % k == 0]
     words = "fits" if n in fit else "DOES NOT FIT"
     yield row(f"  micro-batch {n} {words}; largest:", str(max(fit, default="none")))
     yield "\n" + row("an iteration", "PFLOP", "s at 50 %", "s at 40 %")
@@ -233,6 +236,7 @@ def plan(recipe, options, config=None):
     kept = both.groups["student"] + both.groups["optimizer"] + both.groups["average"]
     checkpoint = kept * (1 if recipe.lora_rank else gpus) + both.groups["heads"]
     saves = -(-iterations // settings.checkpoint_every)
+    at_once = min(saves, settings.keep + 1)  # the oldest goes once the newest is there
     points = (iterations - 1) // (settings.evaluate_every or iterations)
     judged = gpus * (GRIDS + JUDGED * n * -(-count_held_out(made) // (n * gpus)))
     sample = height * width / 2 + CAPTION * 5120 + 10240  # bytes of latent, caption and vector
@@ -240,8 +244,8 @@ def plan(recipe, options, config=None):
         f"{made:,} prompts": (made * TEACHER, 0, made * sample),
         f"{iterations:,} iterations": (training / both.forward, 0, 0),
         f"{points:,} judged points": (points * judged, points * WEIGHTS, 2 * WEIGHTS),
-        f"{saves:,} checkpoints": (0, saves * checkpoint, settings.keep * checkpoint),
-        "zimage.evaluate": (FINAL, 0, 0),
+        f"{saves:,} checkpoints": (0, saves * checkpoint, at_once * checkpoint),
+        "zimage.evaluate": (FINAL, 0, 3 * 1000 * 5 * 3 * height * width),  # PNGs, at most
         "base model and export": (0, 2 * PIPELINE, 2 * PIPELINE),
     }
     yield "\n" + row("the whole path", "GB", "GPU-h, 50 %", "GPU-h, 40 %")

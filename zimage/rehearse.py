@@ -80,8 +80,8 @@ def compare(folder, images, prompts, options, **call):
 
 
 def rehearse(place, options, recipe, more, planned):
-    """All stages in the folder `place`. more: options for ladd.py. planned: GB of the training.
-    Returns the seconds of an iteration."""
+    """All stages in the folder `place`. more: options for ladd.py. planned: a `plan.Trace` of an
+    iteration. Returns the seconds of one."""
     out, gpus, model, times = options.out, options.gpus, options.model, recipe.times
     log, run = out.with_suffix(".log"), place / "runs" / "rehearsal"
     prompts = data.read_prompts(PROMPTS)[: max(16, 4 * gpus)]  # a batch for each GPU
@@ -89,41 +89,48 @@ def rehearse(place, options, recipe, more, planned):
     (place / "few.txt").write_text("\n".join(prompts[: 4 * gpus]))
     log.write_text("")
 
-    def show(name, began, peak, planned="-"):
-        spent = time.time() - began
-        spent = f"{spent:.1f} s" if spent < 60 else f"{spent / 60:.1f} min"
-        print(f"{name:<28}{spent:>10}{peak:>10}{planned:>10}", flush=True)
+    def show(name, began, passes, *gigabytes):
+        at_half = passes * planned.forward / (0.5e12 * plan.CARDS[options.gpu][0])
+        seconds = time.time() - began, at_half
+        cells = [f"{s:.1f} s" if s < 60 else f"{s / 60:.1f} min" for s in seconds]
+        print(f"{name:<28}" + "".join(f"{c:>10}" for c in (*cells, *gigabytes)), flush=True)
 
-    def stage(name, gpus, *words, until=None, planned="-"):
+    def stage(name, gpus, passes, *words, until=None, gigabytes="-"):
         began, text = time.time(), launch(gpus, words, log, until)
         peaks = re.findall(r"peak_gb ([\d.]+)", text)  # which ladd.py prints where it has CUDA
-        show(name, began, max(peaks, key=float, default="-"), planned)
+        show(name, began, passes, max(peaks, key=float, default="-"), gigabytes)
         return text
 
-    print(f"{'':<28}{'time':>10}{'peak GB':>10}{'planned':>10}")
+    print(f"{'':<28}{'time':>10}{'planned':>10}{'peak GB':>10}{'planned':>10}")
     height, width = options.resolution[0]
     kind = ["--device", options.device, "--dtype", options.dtype]
     drawn = ["--prompts", place / "prompts.txt", "--resolution", f"{width}x{height}", *kind]
     shards = ["--model", model, "--out", place / "data", "--shard-size", 4]
     shards += ["--clip", options.clip_model] if options.clip_model else []
-    stage(f"precompute {len(prompts)} prompts", gpus, "-m", "zimage.precompute", *shards, *drawn)
+    made, n = len(prompts), len(times)
+    passes = plan.TEACHER * made / gpus  # of the network on each GPU
+    stage(f"precompute {made} prompts", gpus, passes, "-m", "zimage.precompute", *shards, *drawn)
     train = [ladd.__file__, "--zimage", *more, *kind, "--model", model, "--data", place / "data"]
     train += ["--out", run.parent, "--name", run.name, "--iterations", 6, "--log-every", 1]
     train += ["--checkpoint-every", 4, "--evaluate-every", 4]
     fourth = run / "checkpoints" / "step-0000004"
-    stage("4 iterations, SIGKILL", gpus, *train, until=fourth / ".metadata", planned=planned)
-    text = stage("resume, 2 iterations", gpus, *train, "--resume", planned=planned)
+    passes = planned.flops * recipe.batch / planned.forward / gpus
+    peak, written = {"gigabytes": f"{planned.peak / 1e9:.3f}"}, fourth / ".metadata"
+    stage("4 iterations, SIGKILL", gpus, 4 * passes, *train, until=written, **peak)
+    text = stage("resume, 2 iterations", gpus, 2 * passes, *train, "--resume", **peak)
     check(f"going on from {fourth}" in text, f"--resume did not go on from iteration 4; see {log}")
-    drawn += ["--steps", len(times)]
-    stage("sample", 1, "-m", "zimage.sample", run, "--count", 4, "--out", out, *drawn)
+    drawn += ["--steps", n]
+    shown = ["-m", "zimage.sample", run, "--count", 4, "--out", out, *drawn]
+    stage("sample", 1, 4 * (plan.TEACHER + 2 * n), *shown)
     judge = ["-m", "zimage.evaluate"]
     try:
         evaluate.inception(Path(torch.hub.get_dir()), "cpu")
     except ladd.UserError:
         judge = ["-c", PLUMBING]
         print("KID: plumbing only")
-    stage("KID", gpus, *judge, run, "--seeds", 0, *drawn, "--prompts", place / "few.txt")
-    stage("export", 1, "-m", "zimage.export", run, "--out", place / "export", *kind[2:])
+    judge += [run, "--seeds", 0, *drawn, "--prompts", place / "few.txt"]
+    stage("KID", gpus, 4 * (2 * plan.TEACHER + 2 * n), *judge)  # the teacher has two seeds
+    stage("export", 1, 0, "-m", "zimage.export", run, "--out", place / "export", *kind[2:])
     began, made_of = time.time(), json.loads((run / "config.json").read_text())["data"]
     steps, images = made_of["latents.steps"], run / "evaluation"
     call = {"num_inference_steps": steps, "guidance_scale": made_of["latents.guidance"] - 1}
@@ -131,10 +138,11 @@ def rehearse(place, options, recipe, more, planned):
     compare(adapter.model_folder(model), teacher, prompts, options, **call)
     if recipe.sampler == "euler":  # else diffusers draws noise that has no key
         call = {"sigmas": list(times), "guidance_scale": 0}
-        (student,) = images.glob(f"student@{len(times)}-*/seed-0")
+        (student,) = images.glob(f"student@{n}-*/seed-0")
         compare(place / "export", student, prompts, options, **call)
     peak = torch.cuda.max_memory_allocated() / 1e9
-    show("stock ZImagePipeline", began, f"{peak:.3f}" if peak else "-")
+    cells = (f"{peak:.3f}" if peak else "-"), "-"
+    show("stock ZImagePipeline", began, 4 * (plan.TEACHER + n), *cells)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return statistics.median(line["seconds"] for line in lines if "student_loss" in line)
 
@@ -161,8 +169,7 @@ def main(argv=None):
     with plan.fake_rank(recipe, options) as settings:
         planned = plan.trace(recipe, options, settings.micro_batch, config=config)
     with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=options.out.parent) as place:
-        place, gigabytes = Path(place).absolute(), f"{planned.peak / 1e9:.3f}"
-        seconds = rehearse(place, options, recipe, more, gigabytes)
+        seconds = rehearse(Path(place).absolute(), options, recipe, more, planned)
     best = planned.flops * recipe.batch / options.gpus / 1e12 / plan.CARDS[options.gpu][0]
     reached = f": {best / seconds:.0%} reached" if here else ""
     print(

@@ -23,7 +23,7 @@ import ladd
 from zimage import evaluate, sample
 from zimage.rehearse import launch
 
-COLUMNS = "commit name settings seeds kid untrained gb seconds verdict".split()
+COLUMNS = "commit name settings judge seeds kid untrained gb seconds verdict".split()
 
 
 def read_settings(path, common, out):
@@ -77,11 +77,12 @@ def main(argv=None):
     options.out.mkdir(parents=True, exist_ok=True)
     failed = []
     for name, (words, recipe) in settings.items():
-        key = "\t".join([name, shlex.join(words), ",".join(map(str, options.seeds))])
+        made_by = "\t".join([name, shlex.join(words), shlex.join(options.judge)])
+        key = made_by + "\t" + ",".join(map(str, options.seeds))
         text = results.read_text() if results.exists() else "\t".join(COLUMNS) + "\n"
         if f"\t{key}\t" in text:
             continue
-        digest = hashlib.sha256(shlex.join(words).encode()).hexdigest()[:6]
+        digest = hashlib.sha256(made_by.encode()).hexdigest()[:6]
         made = []
         try:
             for seed in options.seeds:

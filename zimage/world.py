@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 import ladd
 from ladd import UserError, check, field, print0
 from zimage import adapter, fsdp, lora, plan
-from zimage.data import Latents
+from zimage.data import Latents, read_prompts
 
 GRID = 8  # prompts of the grids
 LEAST_DIVERSITY = 0.8  # feature_diversity under which a student has collapsed
@@ -32,7 +32,8 @@ class ZImageRecipe(ladd.Recipe):
     lora_rank: int = field(0, "rank of a LoRA on the teacher's weights; 0 trains all weights")
 
 
-# The toy's terms and weights, and what is this size's own. Untested at this size.
+# The toy's terms and weights, and what is this size's own. Untested at this size. What is not named
+# is the core's default, a guess here: that sweep had gen_every = 3.
 OWN = {
     "iterations": 20_000,  # a guess
     "batch": 32,  # four per GPU on eight: a guess
@@ -48,11 +49,11 @@ RECIPES = {
     "zimage": ZIMAGE,
     "zimage-ladd": ZImageRecipe(**ladd.GAME, **OWN, lr_decay="both"),
     "zimage-clip": dataclasses.replace(ZIMAGE, text_vector="clip", renoise_mean=1.0),  # that sweep
-    # Ten times the learning rates: a guess.
+    # The rank, and ten times the learning rates: guesses.
     "zimage-lora": dataclasses.replace(ZIMAGE, lora_rank=64, student_lr=5e-5, head_lr=5e-4),
 }
-# A checkpoint of the full student is 99 GB. At these intervals writing and judging take under one
-# hundredth of the run, see --plan.
+# A checkpoint of the full student is 99 GB. At these intervals writing and judging take one or two
+# hundredths of the run, see --plan.
 OPTIONS = ladd.Options(evaluate_every=2000, checkpoint_every=4000)
 
 
@@ -60,6 +61,8 @@ def add_arguments(group):
     add = group.add_argument
     add("--model", metavar="ID_OR_DIR", help="the teacher (default: the one that made --data)")
     add("--data", metavar="DIR", help="what python -m zimage.precompute wrote")
+    text = f"prompts of your own, up to {GRID}, drawn at each judged point"
+    add("--grid-prompts", metavar="FILE", help=text)
     text = "shard the teacher over the ranks too (default: whole on each, 12.3 GB)"
     add("--teacher-sharded", action="store_true", help=text)
     text = "whose activations are computed again, not kept: slower, far less memory (both)"
@@ -69,6 +72,8 @@ def add_arguments(group):
 
 
 def make_world(recipe, options, device):
+    why = "--teacher-sharded: a LoRA student uses the teacher's own weights, whole on each GPU"
+    check(not (recipe.lora_rank and options.teacher_sharded), f"{why}; leave it out")
     if options.plan:
         print0("\n".join(plan.plan(recipe, options)))
         sys.exit()
@@ -97,11 +102,7 @@ class ZImageWorld(ladd.World):
     def __init__(self, recipe, options, device):
         make = f"python -m zimage.precompute --model {adapter.BASE} --prompts FILE --out DIR"
         check(options.data, f"--data: name the folder of the teacher's latents; make one by {make}")
-        why = "--teacher-sharded: a LoRA student uses the teacher's own weights, whole on each GPU"
-        check(not (recipe.lora_rank and options.teacher_sharded), f"{why}; leave it out")
         self.options, self.device, self.dtype = options, device, getattr(torch, options.dtype)
-        # For a LoRA's float32 factors beside bfloat16; float32 that is asked for stays exact.
-        torch.backends.cuda.matmul.allow_tf32 = self.dtype == torch.bfloat16
         self.data = Latents(options.data, vector=recipe.text_vector)
         sizes = self.data.sizes
         self.shown = [k for k in range(len(sizes)) if sizes[k] == sizes[0]][:GRID]  # in grids
@@ -120,30 +121,31 @@ class ZImageWorld(ladd.World):
         check_taps(recipe.taps, config["n_layers"])
         self.check_memory(recipe, fsdp.skeleton(config))
 
-        self.nothing = ladd.on_rank0(lambda: self.load_vae_and_encode_nothing(folder)).to(device)
+        self.texts = read_prompts(options.grid_prompts)[:GRID] if options.grid_prompts else []
+        features = ladd.on_rank0(lambda: self.load_vae_and_encode(folder))
+        self.nothing, *self.captions = (f.to(device) for f in features)
         sharded = options.teacher_sharded
         teacher = fsdp.load_teacher(folder / "transformer", config, self.dtype, device, sharded)
         self.set_checkpointing(teacher, "teacher")
         super().__init__(adapter.ZImageVelocity(teacher, self.dtype), recipe)
 
-    def load_vae_and_encode_nothing(self, folder):
+    def load_vae_and_encode(self, folder):
         """The VAE draws the grids. Returns the text features [L, C] of the empty prompt, from which
-        guidance leads away."""
+        guidance leads away, and of the user's own prompts."""
         pipe = adapter.load_pipeline(folder, self.dtype, self.device, transformer=None)
         self.vae = pipe.vae
-        return adapter.encode(pipe, [""])[0].cpu()
+        return [c.cpu() for c in adapter.encode(pipe, ["", *self.texts])]
 
     def check_memory(self, recipe, skeleton):
-        """Print what the run needs; UserError where a GPU has less. A trained weight takes 4 bytes
-        each for itself, its gradient, AdamW's two moments and its average."""
+        """Print what the run needs; UserError where a GPU has less."""
         n = sum(p.numel() for p in skeleton.parameters())
+        ranks = ladd.world_size()
         trained = lora.size(skeleton, recipe.lora_rank) if recipe.lora_rank else n
-        average = 4 * trained if recipe.ema_half_life else 0
-        need = (16 * trained + average) / (1 if recipe.lora_rank else ladd.world_size())
-        sharers = ladd.world_size() if self.options.teacher_sharded else 1
-        need += n * self.dtype.itemsize / sharers  # the teacher
+        each = 20 if recipe.ema_half_life else 16  # bytes: weight, gradient, 2 moments, average
+        need = each * trained / (1 if recipe.lora_rank else ranks)
+        need += n * self.dtype.itemsize / (ranks if self.options.teacher_sharded else 1)  # teacher
         weights = f"{n / 1e9:.2f}B weights, {trained / 1e9:.2f}B of them trained"
-        disk = f"{(12 * trained + average) / 1e9:.1f} GB of disk for a checkpoint"
+        disk = f"{(each - 4) * trained / 1e9:.1f} GB of disk for a checkpoint"
         print0(f"{weights}: {need / 1e9:.1f} GB on each GPU before activations, {disk}")
         if self.device.type == "cuda":
             have = torch.cuda.get_device_properties(self.device).total_memory
@@ -212,14 +214,20 @@ class ZImageWorld(ladd.World):
     @torch.no_grad()
     def evaluate(self, student, run, step):
         """A grid: the student by 1, 2 and 4 steps from the noise that the teacher's latents have.
+        With --grid-prompts a second one, STEP-own.png.
 
         variance@N of its latents, and distance@N: squared, to the teacher's. Both are divided by
         the teacher's variance. They are to watch. The measure of quality is `feature_kid`.
         """
         x0, cond, noise = (v.to(self.device) for v in self.data.get(self.shown))
-        rows, metrics, collapse = {"teacher": x0}, {}, []
+        own = adapter.Prompts(self.captions, torch.zeros(len(self.captions), 0))
+        own_noise = torch.cat([noise] * GRID)[: len(own)]
+        rows, own_rows, metrics, collapse = {"teacher": x0}, {}, {}, []
         for n in (n for n in (1, 2, 4) if n <= len(self.recipe.times)):
             made = rows[f"student@{n}"] = ladd.sample_student(student, self.recipe, noise, cond, n)
+            if len(own):
+                start = student, self.recipe, own_noise, own
+                own_rows[f"student@{n}"] = ladd.sample_student(*start, n)
             variance = metrics[f"variance@{n}"] = float(made.var() / x0.var())
             metrics[f"distance@{n}"] = float((made - x0).square().mean() / x0.var())
             if not 0.5 <= variance <= 2:
@@ -233,9 +241,11 @@ class ZImageWorld(ladd.World):
             collapse.append(f"feature_diversity {diversity:.2f} is under {LEAST_DIVERSITY}")
         metrics |= self.feature_kid(student)
         if ladd.rank() == 0:
-            columns = {name: adapter.decode(self.vae, z) for name, z in rows.items()}
             texts = [f"sample {k}" for k in self.shown]
-            draw_grid(run / "samples" / f"{step:07d}.png", columns, texts)
+            for name, latents, words in (("", rows, texts), ("-own", own_rows, self.texts)):
+                columns = {title: adapter.decode(self.vae, z) for title, z in latents.items()}
+                if columns:
+                    draw_grid(run / "samples" / f"{step:07d}{name}.png", columns, words)
         return {**metrics, "collapse": collapse}
 
     def half_noised(self, x, cond):
@@ -290,8 +300,9 @@ class ZImageWorld(ladd.World):
     def finish(self, student, run):
         self.save(student, run)
         if self.recipe.lora_rank:
-            call = call_for(self.recipe.times)
-            ladd.on_rank0(lambda: lora.save(student.transformer, run / "lora", self.model, call))
+            more = ", stochastic_sampling=True" * (self.recipe.sampler == "renoise")
+            own = self.model, call_for(self.recipe.times), more
+            ladd.on_rank0(lambda: lora.save(student.transformer, run / "lora", *own))
             print0(f"{run / 'lora'} needs a scheduler of shift 1: see its README.md")
         print0(f"{run / 'student'} is done. Next: python -m zimage.evaluate {run}")
 
