@@ -1091,7 +1091,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv):
-    """(the world's module, options, recipe) of a command line."""
+    """(the world's module, options, recipe) of a command line. Its fields win over a recipe's."""
     module = importlib.import_module("zimage.world" if "--zimage" in argv else "toy_mnist.world")
     parser = Parser("ladd.py", description=__doc__.split("This file")[0])
     which = parser.add_mutually_exclusive_group(required=True)
@@ -1104,9 +1104,10 @@ def parse(argv):
     group.add_argument("--sample", action="store_true", help="draw from the finished run (toy)")
     group.add_argument("--steps", type=int, default=0, help="steps of --sample (default: all)")
     add_fields(group, module.OPTIONS)
-    group = parser.add_argument_group(f"the recipe, one of {', '.join(module.RECIPES)}")
+    names, default = ", ".join(module.RECIPES), next(iter(module.RECIPES.values()))
+    group = parser.add_argument_group(f"the recipe, one of {names}")
     group.add_argument("--recipe", default="", help="by name, or another run's config.json")
-    add_fields(group, next(iter(module.RECIPES.values())))
+    add_fields(group, default)
     module.add_arguments(parser.add_argument_group("this world"))
     options = parser.parse_args(argv or ["--help"])
     plain = options.name == Path(options.name).name and options.name != ".."
@@ -1116,7 +1117,13 @@ def parse(argv):
     runs = sorted(path.parent.name for path in options.out.glob("*/config.json"))
     ok = options.run or not (options.sample or options.resume)
     check(ok, f"--name: say which run; {options.out} holds {', '.join(runs) or 'none'}")
-    return module, options, resolve_recipe(module.RECIPES, options)
+    recipe = module.RECIPES.get(options.recipe, default)  # else that of a file, or of the run
+    config = Path(options.recipe or options.out / options.name / "config.json")
+    known = options.recipe in ("", *module.RECIPES) or config.is_file()
+    check(known, f"--recipe {options.recipe}: give {names}, or a run's config.json")
+    if options.recipe not in module.RECIPES and config.is_file():
+        recipe = recipe_from(type(recipe), config)
+    return module, options, dataclasses.replace(recipe, **given(options, type(recipe)))
 
 
 def add_fields(group, defaults):
@@ -1134,17 +1141,6 @@ def given(options, cls):
     """The fields of dataclass cls that the command line gives."""
     names = [f.name for f in dataclasses.fields(cls)]
     return {k: getattr(options, k) for k in names if getattr(options, k) is not None}
-
-
-def resolve_recipe(recipes, options):
-    """The recipe by name, of a config.json or of the run --name; the command line's fields win."""
-    recipe = recipes.get(options.recipe, next(iter(recipes.values())))
-    config = Path(options.recipe or options.out / options.name / "config.json")
-    known = options.recipe in ("", *recipes) or config.is_file()
-    check(known, f"--recipe {options.recipe}: give {', '.join(recipes)}, or a run's config.json")
-    if options.recipe not in recipes and config.is_file():
-        recipe = recipe_from(type(recipe), config)
-    return dataclasses.replace(recipe, **given(options, type(recipe)))
 
 
 def recipe_from(cls, path):
