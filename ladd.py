@@ -506,20 +506,18 @@ def heads_loss(state, world, recipe, b, real, fake):
 def misaligned_loss(state, world, recipe, b, real_logits):
     """DEPARTURE: softplus(wrong - right). Under another sample's condition real should score less.
 
-    This ties the heads to the condition (misaligned pairs, SANA-Sprint, arXiv 2503.09641). The
-    other sample is the neighbour in the joint batch. The teacher gets the wrong condition too.
-    Else the heads could compare the condition that its features carry with the one that they are
-    given, and need not look at the sample.
+    This ties the heads to the condition (misaligned pairs, SANA-Sprint, arXiv 2503.09641). Places 0
+    and 1, 2 and 3, ... of the joint batch exchange theirs. The teacher gets the wrong one too. Else
+    the heads could compare the condition that its features carry with the one that they are given,
+    and need not look at the sample.
     """
-    # Places 0 and 1, 2 and 3, ... of the joint batch exchange their conditions.
     wrong = b.cond[(b.index ^ 1) - b.index[0]]
     told = world.head_cond(wrong)
     differs = (told != world.head_cond(b.cond)).any(1)  # [B]
     with torch.no_grad():
         maps = world.features(interpolate(b.real, b.eps_real, b.t_real), b.t_real, wrong)
     logits = state.heads(maps, b.t_real, told, b.t)
-    pairs = logits, real_logits
-    return mean_over_heads(lambda w, r: F.softplus(w - r) * expand(differs, w), *pairs)
+    return mean_over_heads(lambda w, r: F.softplus(w - r) * expand(differs, w), logits, real_logits)
 
 
 def student_loss(state, world, recipe, b, fake, x0_hat):
@@ -576,11 +574,9 @@ def diagnostics(recipe, real, fake, real_logits, fake_logits):
     chance. diversity: how far neighbours in the batch lie apart at the last tap, fakes divided by
     reals. 1 is healthy, less is a sign of collapse.
     """
-    distances = []
-    for maps in (fake[-1], real[-1]):
-        f = maps.float().flatten(1)
-        distances.append((f - f.roll(1, 0)).norm(dim=1).mean().clamp(min=1e-12))
-    metrics = {"diversity": distances[0] / distances[1]}
+    last = [maps[-1].float().flatten(1) for maps in (fake, real)]
+    fakes, reals = ((f - f.roll(1, 0)).norm(dim=1).mean().clamp(min=1e-12) for f in last)
+    metrics = {"diversity": fakes / reals}
     for name, r, f in zip(recipe.taps or range(len(real)), real_logits, fake_logits, strict=True):
         metrics[f"accuracy/{name}"] = ((r > f).float() + (r == f).float() / 2).mean()
     return metrics
