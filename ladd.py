@@ -1163,7 +1163,7 @@ def pick_device(name):
     name = name or ("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         torch.zeros(1, device=name).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except Exception as error:  # by what is missing: a driver, a module, ...
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name}: not here ({reason}); leave it out") from error
     return torch.device(name)

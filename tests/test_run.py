@@ -676,7 +676,7 @@ BAD = {
     "no divisor": ("--micro-batch=5", "--micro-batch 5"),
     "no checkpoint": ("--keep=0", "keep = 0"),
     "an unknown recipe": ("--recipe=best", "tiny, other"),
-    "an unknown device": ("--device=abacus", "--device abacus"),
+    "an unknown device": ("--device=hpu", "--device hpu"),
     "a folder in the name": ("--name=a/b", "--name a/b"),
     "no name to resume": ("--resume", "--name"),
 }
