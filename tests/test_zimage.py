@@ -728,7 +728,7 @@ def test_sampling_refuses_bad_options(place, capsys):
     for words, says in {
         "--steps 5": "--steps 5",
         "--steps 2,2": "2,2: give different whole numbers",
-        "--guidance 0.5": "--guidance 0.5",
+        "--guidance 0": "--guidance 0.0",
         "--resolution 32,48": "give one size",
         "--out x.jpg": "--out x.jpg",
     }.items():

@@ -136,8 +136,9 @@ def fill_in(options, run):
     """What was left out, from the run and the device; UserError where a value can't be."""
     made_of, known = run.made_of, run.recipe.times
     options.teacher_steps = options.teacher_steps or made_of["latents.steps"]
-    options.guidance = options.guidance or made_of["latents.guidance"]
-    check(options.guidance >= 1, f"--guidance {options.guidance}: give a number from 1, for none")
+    w = made_of["latents.guidance"] if options.guidance is None else options.guidance
+    check(1 <= w < float("inf"), f"--guidance {w}: give a number from 1, which is none")
+    options.guidance = w
     options.steps = options.steps or [n for n in (4, 2, 1) if n <= len(known)]
     for n in options.steps:
         ladd.step_times(known, n)
