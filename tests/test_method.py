@@ -5,12 +5,13 @@ import dataclasses
 import itertools
 import math
 import statistics
+from unittest.mock import Mock
 
 import pytest
 import tiny
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from tiny import flat, normal
+from tiny import Spy, as4d, flat, normal
 from torch import nn
 from torch.testing import assert_close
 
@@ -27,33 +28,7 @@ def f64(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def as4d(t):
-    return t.reshape(-1, 1, 1, 1)
-
-
 # ---- The independent iteration: losses and both gradients written out by hand
-
-
-class Spy:
-    """Runs an iteration with the recipe's own losses, and keeps the batches that they are given."""
-
-    def __init__(self):
-        self.batches = []
-
-    def heads_loss(self, state, world, recipe, b, real, fake):
-        assert not any(m.requires_grad for m in [*real, *fake])
-        self.batches.append(b)
-        return ladd.heads_loss(state, world, recipe, b, real, fake)
-
-    def step(self, state, world, recipe, i, micro_batch=None):
-        losses = self.heads_loss, ladd.student_loss
-        return tiny.run_steps(state, world, recipe, [i], micro_batch, losses)[0]
-
-    def joint(self):
-        """What the micro-batches held, put together: {field: tensor}."""
-        fields = [vars(b) for b in self.batches]
-        names = [k for k, v in fields[0].items() if torch.is_tensor(v)]
-        return {k: torch.cat([f[k] for f in fields]) for k in names}
 
 
 def own_sample(student, world, recipe, b, k):
@@ -191,14 +166,9 @@ def test_flow_formulas_by_hand():
     assert ladd.velocity_to_x0(x_t, eps - x0, t).flatten().tolist() == [2, 4]
     assert torch.equal(ladd.interpolate(x0, eps, f64(0, 0)), x0)
     assert torch.equal(ladd.interpolate(x0, eps, f64(1, 1)), eps)
-
-
-def test_expand_wants_one_time_per_sample():
-    x = torch.zeros(2, 4, 8, 8)
-    assert ladd.expand(torch.zeros(2), x).shape == (2, 1, 1, 1)
-    for shape in ((), (3,), (2, 1), (1,)):
+    for shape in ((), (1,), (2, 1)):  # one time per sample, or none broadcasts in silence
         with pytest.raises(ValueError):
-            ladd.expand(torch.zeros(shape), x)
+            ladd.expand(torch.zeros(shape), x0)
 
 
 def guide(w, t=0.5, **options):
@@ -213,15 +183,10 @@ def test_guidance_by_hand():
     assert guide(1) == ([62, 74], [2])  # none: one pass
     for w, want in ((0, [59, 69]), (3, [68, 84]), (-1, [56, 64])):
         assert guide(w) == (want, [2, 2])
-
-
-@pytest.mark.parametrize("t", [0.1, 0.2499, 0.25, 0.5, 0.75, 0.7501, 1])
-def test_guidance_holds_in_its_interval_alone(t):
-    holds = 0.25 <= t <= 0.75
-    out, sizes = guide(3, t, interval=(0.25, 0.75))
-    assert out[0] == pytest.approx(100 * t + 9 + 3 * 3 if holds else 100 * t + 12)
-    assert sizes == ([2, 2] if holds else [2])
-    assert guide(3, t)[1] == [2, 2]  # by default everywhere
+    for t in (0.1, 0.2499, 0.25, 0.75, 0.7501, 1):  # out of its interval one pass
+        out, sizes = guide(3, t, interval=(0.25, 0.75))
+        assert out[0] == pytest.approx(100 * t + (18 if 0.25 <= t <= 0.75 else 12))
+        assert sizes == ([2, 2] if 0.25 <= t <= 0.75 else [2])
 
 
 @pytest.mark.parametrize("n", range(1, 9))
@@ -289,25 +254,13 @@ def test_student_sampler_takes_its_steps_and_keys_each_samples_noise(world, samp
 # ---- Taps
 
 
-class Step(nn.Module):
-    """A function as a module that counts its calls."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-        self.count = 0
-
-    def forward(self, x):
-        self.count += 1
-        return self.function(x)
-
-
 def make_chain():
-    """x -> 2x -> 2x + 1 -> its square."""
+    """x -> 2x -> 2x + 1 -> its square, by modules that count their calls."""
     net = nn.Sequential()
-    net.add_module("twice", Step(lambda x: 2 * x))
-    net.add_module("plus", Step(lambda x: x + 1))
-    net.add_module("square", Step(lambda x: x * x))
+    works = (lambda x: 2 * x), (lambda x: x + 1), (lambda x: x * x)
+    for name, work in zip(("twice", "plus", "square"), works, strict=True):
+        net.add_module(name, nn.Identity())
+        net[-1].forward = Mock(side_effect=work)
     return net
 
 
@@ -328,7 +281,7 @@ def test_taps_come_in_the_order_asked(names, want, calls, slope, early_exit):
     net, x = make_chain(), torch.tensor(3.0, requires_grad=True)
     got = ladd.tapped(net, names, lambda: net(x), early_exit)
     assert [float(v.detach()) for v in got] == want and hooks(net) == 0
-    counts = [step.count for step in net]
+    counts = [step.forward.call_count for step in net]
     assert counts == (calls if early_exit else [1, 1, 1])  # no deeper than needed
     assert float(torch.autograd.grad(got[0], x)[0]) == slope
 
@@ -359,31 +312,24 @@ def test_features_of_vectors_are_maps_of_one_place():
 CHANNELS, MAPS = (8, 6, 5, 16), ((16, 12), (8, 5), (3, 9), (1, 40))
 
 
-def make_heads(see_t=False, width=8):
+def make_heads(see_t=False):
     torch.manual_seed(0)
     maps = [normal(k, 4, CHANNELS[k], *MAPS[k]) for k in range(4)]
-    heads = ladd.Heads(maps, 3, width, see_t)
+    heads = ladd.Heads(maps, 3, 8, see_t)
     return heads, maps, torch.rand(4), torch.randn(4, 3), torch.rand(4)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("see_t", [False, True])
-@pytest.mark.parametrize("width", [8, 24])
-def test_heads_give_one_float32_logit_per_patch(see_t, width, bf16):
-    heads, *inputs = make_heads(see_t, width)
-    heads.dtype = torch.bfloat16 if bf16 else torch.float32
-    logits = heads(*inputs)
-    assert [tuple(k.shape) for k in logits] == [(4, 8, 6), (4, 8, 5), (4, 2, 5), (4, 1, 20)]
-    assert all(k.dtype == torch.float32 and k.flatten(1).std(1).min() > 0 for k in logits)
-
-
-@pytest.mark.parametrize("see_t", [False, True])
 @torch.no_grad()
-def test_heads_see_the_students_t_only_when_asked(see_t):
+def test_heads_give_a_float32_logit_per_patch_by_all_that_they_are_told(see_t, bf16):
     heads, maps, t_hat, cond, t = make_heads(see_t)
+    heads.dtype = torch.bfloat16 if bf16 else torch.float32
     base = heads(maps, t_hat, cond, t)
+    assert [tuple(k.shape) for k in base] == [(4, 8, 6), (4, 8, 5), (4, 2, 5), (4, 1, 20)]
+    assert all(k.dtype == torch.float32 and k.flatten(1).std(1).min() > 0 for k in base)
     assert all(map(torch.equal, base, heads(maps, t_hat, cond, t / 2))) != see_t
-    for told in ((t_hat / 2, cond), (t_hat, -cond)):  # but always t_hat and the condition
+    for told in ((t_hat / 2, cond), (t_hat, -cond)):
         assert not any(map(torch.equal, base, heads(maps, *told, t)))
 
 
@@ -460,10 +406,9 @@ BAD_FIELDS = [
 
 @pytest.mark.parametrize("name, value", BAD_FIELDS, ids=str)
 def test_recipe_refuses_a_bad_field_in_one_line_that_names_it(name, value):
-    for make in (tiny.make_recipe, lambda **bad: dataclasses.replace(tiny.make_recipe(), **bad)):
-        with pytest.raises(UserError, match=name) as error:
-            make(**{name: value})
-        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=name) as error:
+        tiny.make_recipe(**{name: value})
+    assert "\n" not in str(error.value)
 
 
 def test_recipe_defaults_are_the_papers_and_every_field_is_explained():
@@ -630,12 +575,11 @@ def test_schedule_of_the_students_updates(world, gen_every):
         assert ("student_loss" in metrics) == ("student_grad_norm" in metrics) == turn
 
 
-@pytest.mark.parametrize("gen_every", [1, 3])
+@pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("decay", ["none", "cosine", "both"])
-def test_learning_rates_count_iterations(world, decay, gen_every):
-    recipe = tiny.make_recipe(
-        lr_warmup=4, lr_decay=decay, iterations=8, batch=4, gen_every=gen_every
-    )
+def test_learning_rates_count_iterations(world, decay, every):
+    fields = {"lr_warmup": 4, "lr_decay": decay, "iterations": 8, "gen_every": every}
+    recipe = tiny.make_recipe(batch=4, **fields)
     state, rates = tiny.make_state(world, recipe), {"student": [], "heads": []}
     for name, seen in rates.items():
         opt = getattr(state, name + "_opt")
@@ -646,7 +590,7 @@ def test_learning_rates_count_iterations(world, decay, gen_every):
     heads = [r * f if decay == "both" else r for r, f in zip(rise, fall, strict=True)]
     assert rates["heads"] == pytest.approx([recipe.head_lr * x for x in heads])
     student = [recipe.student_lr * rise[i] * fall[i] for i in range(8)]
-    assert rates["student"] == pytest.approx(student[1:] if gen_every == 1 else student[2::3])
+    assert rates["student"] == pytest.approx(student[1:] if every == 1 else student[2::3])
 
 
 def own_adamw(w, gradients, lr, beta1, beta2):
@@ -686,14 +630,7 @@ def test_each_network_is_clipped_by_its_own_norm(world):
 @pytest.mark.parametrize("which", [0, 1], ids=["heads", "student"])
 def test_a_gradient_that_is_not_finite_skips_its_step_and_three_end_the_run(world, which):
     recipe = tiny.make_recipe(batch=4)
-    state, losses = tiny.make_state(world, recipe), [ladd.heads_loss, ladd.student_loss]
-    sound = losses[which]
-
-    def poisoned(state, world, recipe, b, *maps):
-        loss, metrics = sound(state, world, recipe, b, *maps)
-        return loss * (math.nan if b.iteration in (2, 3, 5, 6, 7) else 1), metrics
-
-    losses[which] = poisoned
+    state, losses = tiny.make_state(world, recipe), tiny.not_finite({2, 3, 5, 6, 7}, which)
     for i in range(7):
         metrics, moved = step_and_see(state, world, recipe, i, losses)
         moves = HEADS_MOVE | (STUDENT_MOVES if i else set())

@@ -30,21 +30,14 @@ COMMANDS = re.findall(r"^ {4}((?:pip|python|torchrun) .*)$", README, re.M)
 
 
 def programs(command):
-    """The programs that a line of the README starts: (file or module, words) of each."""
+    """The programs that a line of the README starts: (module, words) of each."""
     for part in command.split(" && "):
         words = shlex.split(part, comments=True)
-        if words[0] == "torchrun":
-            options = [k for k, word in enumerate(words) if word.startswith("--") or k == 0]
-            words = ["python", *words[next(k for k in range(9) if k not in options) :]]
-            if "-m" in options:
-                words.insert(1, "-m")
         if words[0] == "pip":
             assert (ROOT / words[words.index("-r") + 1]).exists(), part
-        elif words[1] == "-m":
-            yield words[2], words[3:]
-        else:
-            assert (ROOT / words[1]).exists(), part
-            yield words[1].removesuffix(".py").replace("/", "."), words[2:]
+        else:  # python or torchrun, their options, a file or module, its words
+            k = next(k for k in range(1, len(words)) if not words[k].startswith("-"))
+            yield words[k].removesuffix(".py").replace("/", "."), words[k + 1 :]
 
 
 INSTALLED = "ladd.py --toy", "-m pytest"  # what a newcomer runs first
@@ -87,11 +80,10 @@ class Teacher(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(5, 16), nn.SiLU(), nn.Linear(16, 16))
-        self.out = nn.Linear(16, 4)
+        self.body = nn.Sequential(nn.Linear(5, 16), nn.SiLU(), nn.Linear(16, 4))
 
     def forward(self, x_t, t, cond):
-        return self.out(self.body(torch.cat([x_t, t[:, None]], 1)))
+        return self.body(torch.cat([x_t, t[:, None]], 1))
 
 
 def test_a_world_of_ones_own_trains_as_it_stands(tmp_path, monkeypatch):
@@ -228,9 +220,6 @@ def test_the_planted_faults_still_fit_the_code():
     planted = [fault.defect for fault in faults.FAULTS]
     assert len(planted) >= 56 and planted.count(0) >= 20
     assert all(planted.count(defect) >= 2 for defect in faults.DEFECTS)
-
-
-def test_the_tests_that_notice_the_faults_exist():
     for fault in faults.FAULTS:
         file, name = fault.test.split("[")[0].rsplit("::", 1)
         assert f"def {name}(" in (ROOT / "tests" / file).read_text(), fault.test

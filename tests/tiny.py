@@ -122,6 +122,42 @@ def run_steps(state, world, recipe, iterations, micro_batch=None, losses=None):
     return [{k: float(v) for k, v in metrics.items()} for metrics in made]
 
 
+class Spy:
+    """Runs an iteration with the recipe's own losses, and keeps the batches that they are given."""
+
+    def __init__(self):
+        self.batches = []
+
+    def heads_loss(self, state, world, recipe, b, real, fake):
+        assert not any(m.requires_grad for m in [*real, *fake])
+        self.batches.append(b)
+        return ladd.heads_loss(state, world, recipe, b, real, fake)
+
+    def step(self, state, world, recipe, i, micro_batch=None):
+        losses = self.heads_loss, ladd.student_loss
+        return run_steps(state, world, recipe, [i], micro_batch, losses)[0]
+
+    def joint(self):
+        """What the micro-batches held, put together: {field: tensor}."""
+        fields = [vars(b) for b in self.batches]
+        names = [k for k, v in fields[0].items() if torch.is_tensor(v)]
+        return {k: torch.cat([f[k] for f in fields]) for k in names}
+
+
+def not_finite(iterations, which=0, rank=0):
+    """The recipe's losses: of the heads (0) or the student (1) not finite on a rank, at times."""
+    losses = [ladd.heads_loss, ladd.student_loss]
+    sound = losses[which]
+
+    def poisoned(state, world, recipe, b, *maps):
+        loss, metrics = sound(state, world, recipe, b, *maps)
+        poison = ladd.rank() == rank and b.iteration in iterations
+        return loss * (float("nan") if poison else 1.0), metrics
+
+    losses[which] = poisoned
+    return losses
+
+
 def one_line(printed, *words):
     """The one line of what was printed that says what is wrong; it holds these words."""
     lines = [line for line in printed.splitlines() if line.startswith("ladd: ")]
@@ -146,6 +182,10 @@ def kid_by_hand(x, y):
     n, apart = len(x), ~np.eye(len(x), dtype=bool)
     same = [((a @ a.T / a.shape[1] + 1) ** 3)[apart].sum() / (n * (n - 1)) for a in (x, y)]
     return sum(same) - 2 * ((x @ y.T / x.shape[1] + 1) ** 3).mean()
+
+
+def as4d(t):
+    return t.reshape(-1, 1, 1, 1)
 
 
 def flat(tensors):
