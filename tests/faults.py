@@ -757,7 +757,7 @@ FAULTS = [
     Fault(
         0,
         "TF32 under --dtype float32",
-        "zimage/world.py",
+        "ladd.py",
         'allow_tf32 = options.dtype == "bfloat16"',
         "allow_tf32 = True",
         "test_run.py::test_float32_that_is_asked_for_is_exact_on_a_gpu[float32]",
