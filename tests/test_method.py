@@ -29,8 +29,6 @@ def f64(*values):
 
 
 # ---- The independent iteration: losses and both gradients written out by hand
-
-
 def own_sample(student, world, recipe, b, k):
     """Sample k alone: the student's input, and the target of its guess, or None."""
     one = slice(k, k + 1)
@@ -157,8 +155,6 @@ def test_the_iteration_against_an_independent_one(world, changes, bf16):
 
 
 # ---- Flow maths, guidance, samplers
-
-
 def test_flow_formulas_by_hand():
     x0, eps, t = f64(2, 4)[:, None], f64(-2, 10)[:, None], f64(0.25, 0.5)
     x_t = ladd.interpolate(x0, eps, t)
@@ -252,8 +248,6 @@ def test_student_sampler_takes_its_steps_and_keys_each_samples_noise(world, samp
 
 
 # ---- Taps
-
-
 def make_chain():
     """x -> 2x -> 2x + 1 -> its square, by modules that count their calls."""
     net = nn.Sequential()
@@ -301,14 +295,7 @@ def test_taps_are_removed_whatever_happens(name, x, error):
     assert hooks(net) == 0
 
 
-def test_features_of_vectors_are_maps_of_one_place():
-    world = tiny.World(tiny.make_recipe(taps=("first.bias",)))
-    maps = world.features(world.x0[:3], torch.rand(3), world.cond[:3])
-    assert maps[0].shape == (3, 8, 1, 1)
-
-
 # ---- Heads
-
 CHANNELS, MAPS = (8, 6, 5, 16), ((16, 12), (8, 5), (3, 9), (1, 40))
 
 
@@ -391,16 +378,12 @@ def test_fourier_by_formula():
 
 
 # ---- Recipe, reader, draws
-
 BAD_FIELDS = [
     *[("batch", v) for v in ("many", 1.5, True, 0, None, math.nan)],
-    *[("student_lr", v) for v in (-1e-4, math.nan, math.inf, "fast", True)],
+    *[("student_lr", v) for v in (-1e-4, math.inf, "fast")],
     *[("time_probs", v) for v in ((0.7, 0.3), (0.7, 0.1, 0.1, 0.2), (1.5, -0.5, 0.0, 0.0))],
     *[("times", v) for v in ((0.25, 1.0), (0.9, 0.5), (), (1.0, 1.0, 0.5), (1.0, 0.0))],
-    *[("iterations", 0), ("gen_every", 0), ("head_width", 0), ("seed", -1), ("share_noise", 1)],
-    *[("paired_share", -0.1), ("paired_share", 2), ("distill_weight", -1.0), ("taps", ("a", 1))],
-    *[("loss", "wasserstein"), ("sampler", "heun"), ("lr_decay", "linear"), ("clip", -1.0)],
-    *[("beta1", 1), ("seed", 2**64)],
+    *[("share_noise", 1), ("paired_share", 2), ("taps", ("a", 1)), ("sampler", "heun")],
 ]
 
 
@@ -417,9 +400,8 @@ def test_recipe_defaults_are_the_papers_and_every_field_is_explained():
     assert (r.warmup_probs, r.warmup) == ((0, 0, 0.5, 0.5), 500)
     assert (r.renoise_mean, r.renoise_std, r.loss, r.adv_weight) == (1, 1, "hinge", 1)
     off = (r.penalty_weight, r.misaligned_weight, r.anchor_weight, r.distill_weight)
-    assert not any((*off, r.paired_share, r.backward_simulation)) and all(
-        len(f.metadata["help"]) > 8 for f in dataclasses.fields(Recipe)
-    )
+    assert not any((*off, r.paired_share, r.backward_simulation))
+    assert all(len(f.metadata["help"]) > 8 for f in dataclasses.fields(Recipe))
 
 
 def test_recipe_from_a_file_and_its_diff(tmp_path):
@@ -434,10 +416,7 @@ def test_recipe_from_a_file_and_its_diff(tmp_path):
         with pytest.raises(UserError, match=f"config.json: .*{word}"):
             ladd.recipe_from(Recipe, file)
     other = dataclasses.replace(r, seed=3, times=(1.0, 0.4))
-    assert ladd.diff(r, r) == {}
     assert ladd.diff(other, r) == {"seed": (0, 3), "times": (r.times, other.times)}
-    found = ladd.diff({"a": 3, "b": 2, "d": 4}, {"a": 1, "b": 2, "c": 2})
-    assert found == {"a": (1, 3), "c": (2, None), "d": (None, 4)}
 
 
 @pytest.mark.parametrize("n", [1, 7, 30])
@@ -521,8 +500,6 @@ def test_paired_samples_get_their_stored_noise_and_lie_evenly(world, every):
 
 
 # ---- The average, schedules, steps
-
-
 @pytest.mark.parametrize("gen_every", [1, 2])
 def test_a_step_updates_the_average_after_the_weights(world, gen_every):
     recipe = tiny.make_recipe(gen_every=gen_every, ema_half_life=40.0, ema_ramp=0.5)
@@ -643,8 +620,6 @@ def test_a_gradient_that_is_not_finite_skips_its_step_and_three_end_the_run(worl
 
 
 # ---- One iteration: what goes where
-
-
 def test_a_run_starts_from_the_teacher_and_repeats_bit_for_bit(world):
     recipe, found = tiny.make_recipe(share_noise=False, penalty_weight=0.1, paired_share=0.5), []
     for seed in (0, 1):
@@ -761,26 +736,19 @@ def test_samples_conditions_and_noises_stay_paired(world):
 
 def test_losses_of_ones_own_replace_the_recipes(world):
     recipe = tiny.make_recipe(batch=8, clip=1e9)
-    state, spy = tiny.make_state(world, recipe), Spy()
-    heads, student = tiny.weights(state.heads), copy.deepcopy(state.student)
+    state = tiny.make_state(world, recipe)
     seen = tiny.record_grads(state)
+    before = [tiny.weights(module) for module in (state.heads, state.student)]
 
-    def heads_loss(state, world, recipe, b, real, fake):
-        spy.batches.append(b)
-        return sum(p.square().sum() for p in state.heads.parameters()) / 2, {}
+    def decay(module):  # its gradient is the weights themselves
+        value = sum(p.square().sum() for p in module.parameters()) / 2
+        return value, {"own": value}
 
-    def student_loss(state, world, recipe, b, fake, x0_hat):
-        loss = (x0_hat - b.eps).square().mean()
-        return loss, {"distance": loss}
-
-    (metrics,) = tiny.run_steps(state, world, recipe, [1], 4, (heads_loss, student_loss))
-    assert torch.equal(flat(seen["heads"][0]), heads)
-    b = spy.joint()
-    x0_hat = b["x_t"] - as4d(b["t"]) * student(b["x_t"], b["t"], b["cond"])
-    loss = (x0_hat - b["eps"]).square().mean()
-    want = flat(torch.autograd.grad(loss, list(student.parameters())))
-    assert_close(flat(seen["student"][0]), want, rtol=1e-4, atol=1e-6)
-    assert metrics["distance"] == pytest.approx(loss.item(), rel=1e-5)
+    losses = lambda state, *_: decay(state.heads), lambda state, *_: decay(state.student)
+    (metrics,) = tiny.run_steps(state, world, recipe, [1], 4, losses)
+    assert torch.equal(flat(seen["heads"][0]), before[0])
+    assert torch.equal(flat(seen["student"][0]), before[1])
+    assert metrics["own"] == pytest.approx(sum(float(w.square().sum()) / 2 for w in before))
 
 
 def test_metrics_of_the_heads_by_hand(world):

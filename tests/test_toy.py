@@ -26,7 +26,6 @@ import tiny
 from toy_mnist import judge as toy_judge
 from toy_mnist import report, teacher
 from toy_mnist import world as toy_world
-from toy_mnist.settings import SETTINGS, recipe_for
 from toy_mnist.data import ColorMNIST, colour, hue_to_rgb, image_hue, load_mnist
 from toy_mnist.edm import CUNet, EDMVelocity, sample_dpm, sample_heun, time_grid
 from toy_mnist.judge import WEIGHTS, Judge
@@ -71,8 +70,6 @@ def close(a, b, tolerance=1e-8):
 
 
 # ---- EDM's preconditioning
-
-
 def test_the_untrained_student_is_edms_denoiser_at_every_noise_level(float64):
     net = random_net()
     student = ladd.World(EDMVelocity(net, SD), None).make_student().eval().requires_grad_(False)
@@ -118,8 +115,6 @@ def test_the_network_computes_in_the_dtype_that_is_asked_for(dtype):
 
 
 # ---- samplers
-
-
 def edm_sigmas(n):
     """EDM eq. 5, in plain Python, with the final 0."""
     if n == 1:
@@ -177,8 +172,6 @@ def test_dpm_solver_is_diffusers_own_run_of_a_preconditioned_network(float64, n)
 
 
 # ---- data
-
-
 def grey_digits(n, seed=0):
     """Digit-like pictures: one bright bar per label, shifted at random. uint8 [n, 28, 28], [n]"""
     gen = torch.Generator().manual_seed(seed)
@@ -254,8 +247,6 @@ def real_mnist():
 
 
 # ---- the teacher's training
-
-
 def test_edm_loss_is_the_weighted_denoising_error(float64):
     net, (eps, label) = random_net(), noise_and_label(5)
     x0 = 0.5 * torch.randn(5, 3, 28, 28)
@@ -316,19 +307,7 @@ def test_teacher_training_learns_and_resumed_is_never_stopped(mnist_root, tmp_pa
     tiny.refused(capsys, code, "--run", "lr", "0.1")
 
 
-BAD = [(teacher, words) for words in ("--seed x", "--steps 0", "--lr nan", "--width 12")]
-BAD += [(toy_judge, words) for words in ("--nonsense 1", "--data-root /nowhere", "--epochs 0")]
-
-
-@pytest.mark.parametrize("module, words", BAD)
-def test_bad_input_to_a_training_is_one_line(mnist_root, tmp_path, capsys, module, words):
-    code = train(module, mnist_root, tmp_path, *words.split())
-    tiny.refused(capsys, code, words.split()[1 if "/" in words else 0])
-
-
 # ---- the judge
-
-
 def test_frechet_of_correlated_samples_by_eigenvalues():
     rng = np.random.default_rng(0)
     mixed = [rng.standard_normal((400, 16)) @ rng.standard_normal((16, 16)) for _ in range(2)]
@@ -341,23 +320,13 @@ def test_frechet_of_correlated_samples_by_eigenvalues():
     assert toy_judge.frechet(a, a) == pytest.approx(0, abs=1e-6)
 
 
-def test_kernel_is_the_unbiased_cubic_estimate_on_whole_sets():
+def test_kernel_is_the_unbiased_cubic_estimate_of_seeded_subsets():
     rng = np.random.default_rng(0)
-    x, y = rng.standard_normal((40, 6)), rng.standard_normal((40, 6)) + 0.5
-    kid = tiny.kid_by_hand(x, y)
-    assert toy_judge.kernel(x, y) == pytest.approx(kid, rel=1e-4)  # subsets of 40 of 40
-
-
-def test_kernel_is_seeded_and_leaves_numpys_generator_alone():
-    rng = np.random.default_rng(0)
-    x, y = rng.standard_normal((1500, 4)), rng.standard_normal((1200, 4))
-    np.random.seed(5)
-    expected = np.random.rand(3)
-    np.random.seed(5)
-    first = toy_judge.kernel(x, y, subsets=3)
-    assert np.array_equal(np.random.rand(3), expected)
-    again, other = (toy_judge.kernel(x, y, subsets=3, seed=seed) for seed in (0, 1))
-    assert again == first != other
+    x, y = rng.standard_normal((1100, 4)), rng.standard_normal((1100, 4)) + 0.5
+    a, b = x[:40], y[:40]  # subsets of 40 of 40
+    assert toy_judge.kernel(a, b) == pytest.approx(tiny.kid_by_hand(a, b), rel=1e-4)
+    first, again, other = (toy_judge.kernel(x, y, subsets=3, seed=k) for k in (0, 0, 1))
+    assert first == again != other
 
 
 def test_entropy_of_hues():
@@ -422,13 +391,6 @@ def test_real_mnist_is_judged_as_the_shipped_figures_say(real_mnist, judge):
 
 
 # ---- the shipped weights
-
-
-def test_shipped_sums_are_those_of_sha256sum():
-    done = subprocess.run(["sha256sum", "-c", "sha256.txt"], cwd=WEIGHTS, capture_output=True)
-    assert done.returncode == 0 and len(list(WEIGHTS.iterdir())) == 4
-
-
 @pytest.mark.parametrize("name", ["teacher", "judge", "reference"])
 def test_a_flipped_bit_and_a_cut_off_file_are_noticed(tmp_path, name):
     shutil.copytree(WEIGHTS, tmp_path, dirs_exist_ok=True)
@@ -443,19 +405,7 @@ def test_a_flipped_bit_and_a_cut_off_file_are_noticed(tmp_path, name):
             toy_world.load_teacher(tmp_path, CPU) if name == "teacher" else Judge(tmp_path)
 
 
-def test_the_shipped_teacher_is_as_its_figures_say(real_mnist):
-    velocity, about = toy_world.load_teacher(WEIGHTS, CPU)
-    figures = about["figures"]
-    assert figures["parameters"] == sum(p.numel() for p in velocity.parameters())
-    x0, label = ColorMNIST(*real_mnist, seed=0).batch(torch.arange(64), -1)
-    for sigma, most in ((0.2, 0.1), (1.0, 0.12), (20.0, 0.92)):  # a fourth above what it reached
-        eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
-        loss = teacher.edm_loss(velocity, x0, label, torch.full((64,), sigma), eps).mean()
-        assert loss < most
-
-
 # ---- the world
-
 TINY = {"iterations": 4, "batch": 4, "samples": 20, "teacher_steps": 3, "head_width": 8}
 TINY |= {"warmup": 1, "lr_warmup": 1, "guidance_low": 0.0, "guidance_high": 1.0}
 
@@ -484,26 +434,12 @@ def toy(weights, tmp_path):
     return make
 
 
-def test_recipes_have_the_papers_numbers():
-    game = toy_world.RECIPES["ladd"]
-    paper, numbers = recipe_for(SETTINGS["paper"], {}, 0), ladd.Recipe()  # see test_method.py
-    names = "times time_probs warmup_probs renoise_mean renoise_std loss adv_weight penalty_weight "
-    names += "misaligned_weight anchor_weight distill_weight paired_share"
-    assert all(getattr(paper, name) == getattr(numbers, name) for name in names.split())
-    assert not paper.share_noise and game.distill_weight == game.paired_share == 0
-
-
 def test_features_are_the_teachers_own_and_carry_gradients(toy):
     world = toy()
     (x_t, _), label = noise_and_label(2), torch.tensor([3, 7])
-    x_t.requires_grad_()
-    maps, kept = world.features(x_t, torch.full((2,), 0.4), label), []
-    for name in world.recipe.taps:
-        module = world.teacher.net.get_submodule(name)
-        module.register_forward_hook(lambda module, x, output: kept.append(output))
-    world.teacher(x_t, torch.full((2,), 0.4), label)
-    assert len(maps) == 5 and all(map(torch.equal, maps, kept))
-    assert [m.shape[1:] for m in maps[-2:]] == [(16, 7, 7), (8, 14, 14)]
+    maps = world.features(x_t.requires_grad_(), torch.full((2,), 0.4), label)
+    wide, narrow = (8, 14, 14), (16, 7, 7)
+    assert [m.shape[1:] for m in maps] == [wide, narrow, narrow, narrow, wide]
     maps[-1].sum().backward()
     assert x_t.grad.abs().sum() > 0 and all(p.grad is None for p in world.teacher.parameters())
     assert torch.equal(world.head_cond(label), torch.eye(10)[label])
@@ -607,8 +543,6 @@ def test_signs_of_collapse(toy, tmp_path, monkeypatch, accuracy, entropy, signs)
 
 
 # ---- a job
-
-
 def command(out, *options, weights):
     """The words of a tiny job's command."""
     words = [sys.executable, ladd.__file__, "--toy", "--device", "cpu", "--dtype", "float32"]
@@ -627,6 +561,7 @@ def job(weights, tmp_path_factory):
     for name, closed in (("a name", ""), ("another", " 2>&-")):  # one with its stderr closed
         line = shlex.join(command(out, "--name", name, *options, weights=weights)) + closed
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        streams["env"] = {**os.environ, "PYTHONPATH": "", "PYTHONSAFEPATH": "1"}
         running.append(subprocess.Popen(line, shell=True, cwd=out, **streams))
     ended = [process.communicate(timeout=300) for process in running]
     for process, (_, errors) in zip(running, ended, strict=True):
@@ -724,14 +659,3 @@ def test_every_row_of_the_table_has_its_own_name_and_is_judged_by_its_labels(toy
     _, label = world.draw_noise(200, 0, "judge")
     assert all(torch.equal(row["label"], label) for row in rows[1:])
     assert torch.equal(rows[0]["label"][:20], world.samples.label)
-
-
-def test_fresh_noise_does_not_depend_on_how_many_are_sampled_at_once(toy, monkeypatch):
-    world = toy(sampler="renoise")
-    noise, label = world.draw_noise(5, "any")
-    made = []
-    for chunk in (5, 2):
-        monkeypatch.setattr(toy_world, "CHUNK", chunk)
-        sampler = world.sample_student(4)
-        made.append(world.run_sampler(sampler, world.teacher, noise, label, "")[0])
-    close(*made, 1e-4)

@@ -4,11 +4,10 @@ a kill costs a shard, the reader's promises, figures equal independent ones."""
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ import tiny
 import tiny_zimage
 import torch
 from cleanfid.resize import build_resizer
-from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
+from diffusers import ZImagePipeline
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPProcessor, CLIPTextModelWithProjection, CLIPTokenizer
@@ -75,17 +74,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def two_ranks(*words):
-    """Run a module or script with these arguments on two ranks; returns what was printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*command, *map(str, words)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 # ---- prompts -------------------------------------------------------------------------------------
-
-
 def test_the_shipped_prompts_are_disjoint():
     files = [ROOT / "zimage" / "prompts" / f"{name}.txt" for name in ("train", "heldout")]
     train, heldout = map(data.read_prompts, files)
@@ -93,33 +82,13 @@ def test_the_shipped_prompts_are_disjoint():
     assert not set(train) & set(heldout)
 
 
-FORMATS = {
-    "p.txt": 'a cat\n\n "tea", hot\r\na dog\nand\n',
-    "p.TXT": '\ufeffa cat\n"tea", hot\na dog\nand',
-    "p.jsonl": '{"prompt": "a cat"}\n{"prompt": "\\"tea\\", hot"}\n{"id": 1, "prompt": "a dog"}',
-    "p.csv": 'id,prompt\n1,a cat\n2,"""tea"", hot"\n3,"a dog\nand"\n',
-}
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_prompts_of_every_format(tmp_path, name):
-    (tmp_path / name).write_bytes(FORMATS[name].encode())
-    prompts = data.read_prompts(tmp_path / name)
-    assert prompts[:2] == ["a cat", '"tea", hot'] and prompts[2].startswith("a dog")
-
-
 BAD = {
     "empty.txt": (b"\n \n", "holds no prompt"),
     "latin.txt": (b"a\nb\xff\n", "line 2: not UTF-8"),
-    "utf16.txt": ("a\n".encode("utf-16"), "line 1: not UTF-8"),
     "unmarked.txt": ("a\nb".encode("utf-16-le"), "line 1: holds characters that are no text"),
     "p.jpg": (b"a", "give a file that ends in .txt or .jsonl"),
     "cut.jsonl": (b'{"prompt": "a"}\n{"prompt"\n', "line 2: no prompt"),
-    "list.jsonl": (b'["a"]', "line 1: no prompt"),
-    "half.jsonl": (b'{"prompt": "\\ud83d"}', "line 1: holds characters that are no text"),
-    "other.csv": (b"title\na\n", "line 2: no prompt"),
     "comma.csv": (b"prompt\na, b\n", "line 2: no prompt"),
-    "quote.csv": (b'prompt\n"a" b\n', "line 2: ',' expected after"),
 }
 
 
@@ -137,14 +106,9 @@ def test_an_over_long_prompt_is_refused_with_its_count(place, latents, tmp_path,
     file.write_text("a\n" + "x" * (room + 1))  # a token a character
     says = "'xxxxx", "513 tokens with the chat template, but the model reads 512"
     tiny.refused(capsys, run(place, tmp_path / "out", "--prompts", file), *says)
-    file.write_text("x" * room)
-    made_by = precompute.parse_options(arguments(place, tmp_path / "out", "--prompts", file))
-    assert precompute.make_manifest(made_by, [], place.model, None)[1] == ["x" * room]
 
 
 # ---- what is made --------------------------------------------------------------------------------
-
-
 def stock(place, indices, size, w, seed=0, dtype=torch.float32):
     """The stock pipeline's latents for these prompts, from the keyed noise, in 3 steps."""
     pipe = ZImagePipeline.from_pretrained(place.model, dtype=dtype)
@@ -191,19 +155,7 @@ def test_captions_and_vectors_are_the_encoders_own(place, latents):
         torch.testing.assert_close(clip.get([i])[1].vector, pooled, rtol=1e-4, atol=1e-5)
 
 
-def test_the_plan_of_shards_is_a_pure_function():
-    plan = data.plan_shards(range(5, 15), [(512, 512), (640, 384), (512, 512)], 3)
-    assert [s["indices"] for s in plan] == [[0, 2, 3], [5, 6, 8], [9], [1, 4, 7]]
-    assert [s["height"] for s in plan] == [512, 512, 512, 640] and plan[0]["lengths"] == [5, 7, 8]
-
-
-def test_batches_of_alike_captions_need_no_mask():
-    assert list(adapter.batches([10, 40, 20, 64, 31, 32, 33], 2)) == [[0, 2], [4, 5], [1, 3], [6]]
-
-
 # ---- restarts and ranks --------------------------------------------------------------------------
-
-
 def test_a_restart_makes_what_is_missing_or_cut_off_alike_and_nothing_else(place, copy, capsys):
     whole = contents(copy)
     a, b, c, d = sorted(name for name in whole if name.startswith("shard"))
@@ -218,49 +170,8 @@ def test_a_restart_makes_what_is_missing_or_cut_off_alike_and_nothing_else(place
     assert contents(copy) == whole and (copy / d).stat().st_mtime_ns == before
 
 
-def stop_at(call, module, name, patch):
-    """Ctrl-C at this call of module.name."""
-    function, calls = getattr(module, name), []
-
-    def stops(*args):
-        calls.append(args)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return function(*args)
-
-    patch.setattr(module, name, stops)
-
-
-def test_a_kill_loses_the_shard_in_work_alone(place, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        stop_at(4, adapter, "sample_teacher", patch)  # in the second or third of four shards
-        assert run(place, out, "--clip", place.clip) == 130
-    assert 0 < len(list(out.glob("shard*"))) < 3
-    assert run(place, out, "--clip", place.clip) == 0
-    made, whole = contents(out), contents(place.made)
-    assert {**made, "manifest.json": 0} == {**whole, "manifest.json": 0}  # it holds the command
-    monkeypatch.setattr(adapter, "load_transformer", None)  # whole: no model is loaded
-    assert run(place, out, "--clip", place.clip) == 0
-    assert "all 4 shards are there" in capsys.readouterr().out
-
-
-def test_two_ranks_make_the_same_data_as_one(place, tmp_path):
-    out = tmp_path / "out"
-    printed = two_ranks("-m", "zimage.precompute", *arguments(place, out, "--clip", place.clip))
-    assert printed.count("11 samples") == printed.count("are there") == 1  # rank 0 talks for all
-    assert contents(out).keys() == contents(place.made).keys()
-    for path in out.glob("shard*"):
-        one, two = load_file(path), load_file(place.made / path.name)
-        for name in two:  # another process may round otherwise
-            close = {"rtol": 0.02, "atol": 2e-3}
-            torch.testing.assert_close(one[name].float(), two[name].float(), **close)
-
-
 CHANGES = {
     "--steps 4": "steps = 4 (was 3)",
-    "--guidance 1": "guidance = 1.0 (was 5.0)",
-    "--seed 1 --dtype bfloat16": "dtype = bfloat16 (was float32)",
     "--resolution 64": "resolution = ['64x64'] (was ['64x64', '32x48'])",
     f"--prompts {ROOT}/zimage/prompts/heldout.txt": "prompts = ",
 }
@@ -281,16 +192,10 @@ def test_the_model_may_move_but_not_change(place, copy, tmp_path, capsys):
     before = contents(copy)
     (copy / "shard-00000.safetensors").unlink()
     assert run(place, copy, *options, moved) == 0 and contents(copy) == before
-    digests = [adapter.model_fingerprint(folder) for folder in (place.model, moved, other)]
-    assert digests[0] == digests[1] == data.Latents(copy).about["fingerprint"] != digests[2]
 
 
 # ---- refusals ------------------------------------------------------------------------------------
-
-
 WRONG = {
-    "--steps 0": "--steps",
-    "--guidance 0.5": "--guidance 0.5: give a number from 1",
     "--guidance inf": "--guidance inf: give a number from 1",
     "--resolution 64,48x40": "'48x40' is no size in multiples of 16",
     f"--clip {ROOT}": "can't be loaded",
@@ -309,6 +214,8 @@ def test_bad_options_are_refused(place, tmp_path, capsys, monkeypatch, options):
 def test_damaged_models_are_refused(place, tmp_path, capsys):
     folder = Path(shutil.copytree(place.model, tmp_path / "m"))
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tiny_zimage.rewrite(weights.with_name("config.json"), n_layers=5)
+    tiny.refused(capsys, run(place, tmp_path / "out", "--model", folder), "weights, ['layers.4")
     tensors = load_file(weights)
     weights.write_bytes(weights.read_bytes()[:-9])
     tiny.refused(capsys, run(place, tmp_path / "out", "--model", folder), "can't be loaded")
@@ -317,27 +224,6 @@ def test_damaged_models_are_refused(place, tmp_path, capsys):
     code = run(place, tmp_path / "out", "--model", folder)
     tiny.refused(capsys, code, "no file named diffusion_pytorch_model.safetensors")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_lost_weight_is_refused(tmp_path):
-    tiny_zimage.transformer().save_pretrained(tmp_path)
-    tiny_zimage.rewrite(tmp_path / "config.json", n_layers=5)
-    with pytest.raises(ladd.UserError, match=r"missing or unknown weights, \['layers.4"):
-        adapter.load_transformer(tmp_path, torch.float32)
-
-
-def test_the_fingerprint_is_of_what_decides_the_latents(place, tmp_path):
-    folder = Path(shutil.copytree(place.model, tmp_path / "m"))
-    seen = [adapter.model_fingerprint(place.model)]
-    tiny_zimage.rewrite(folder / "vae" / "config.json", extra=1)
-    assert adapter.model_fingerprint(folder) == seen[0]
-    for part in adapter.DECIDING:
-        path = max((folder / part).iterdir(), key=lambda path: path.stat().st_size)
-        raw = bytearray(path.read_bytes())
-        raw[-9] ^= 1
-        path.write_bytes(raw)
-        seen.append(adapter.model_fingerprint(folder))
-    assert len(set(seen)) == 4
 
 
 def test_a_turbo_model_is_warned_of(place, tmp_path, capsys):
@@ -353,17 +239,6 @@ def test_a_latent_that_is_not_finite_is_refused(place, tmp_path, capsys, monkeyp
 
 
 # ---- reading -------------------------------------------------------------------------------------
-
-
-def test_get_gives_the_samples_asked_for(latents):
-    x0, cond, noise = latents.get([4, 0])
-    assert x0.shape == noise.shape == (2, 16, 8, 8) and cond.vector.shape == (2, 32)
-    again, other, _ = latents.get([0])
-    assert torch.equal(x0[1:], again) and torch.equal(cond.captions[1], other.captions[0])
-    with pytest.raises(RuntimeError, match="equal size"):
-        latents.get([0, 1])
-
-
 def test_prompts_are_indexed_as_a_tensor_is():
     captions = [torch.full((k + 1, 3), float(k)) for k in range(4)]
     prompts = adapter.Prompts(captions, torch.arange(4.0)[:, None])
@@ -408,29 +283,13 @@ def test_every_epoch_shows_every_sample_in_batches_of_one_size(batch):
         assert len({frozenset(map(frozenset, batches)) for batches in epochs}) == 2
 
 
-def test_the_last_samples_are_held_out_and_some_are_left_to_train_on(latents, copy):
+def test_the_last_samples_are_held_out(latents):
     counts = {10_000: 64, 640: 64, 639: 63, 40: 4, 11: 3}
     assert {n: data.count_held_out(n) for n in counts} == counts
     assert sorted(sum(latents.held_out_batches(2), [])) == [8, 9, 10]
-    made_of = json.loads((copy / "manifest.json").read_text())["made_of"]
-    tiny_zimage.rewrite(copy / "manifest.json", made_of={**made_of, "count": 3})
-    with pytest.raises(ladd.UserError, match="make at least 4"):
-        data.Latents(copy)
-
-
-def test_other_folders_and_vectors_are_refused(place, tmp_path):
-    with pytest.raises(ladd.UserError, match="holds no manifest.json"):
-        data.Latents(tmp_path)
-    (tmp_path / "manifest.json").write_text('{"kind": "other"}')
-    with pytest.raises(ladd.UserError, match="holds no manifest.json"):
-        data.Latents(tmp_path)
-    with pytest.raises(ladd.UserError, match="holds no such vector; take one of qwen, clip"):
-        data.Latents(place.made, vector="t5")
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
-
-
 def make_run(folder, place):
     """A finished run's folder, written by hand."""
     tiny_zimage.transformer(seed=5).save_pretrained(folder / "student")
@@ -502,35 +361,16 @@ def test_figures_equal_independent_ones(place, judged):
         assert words in report
 
 
-def test_images_are_the_ones_the_stock_pipeline_makes(place, judged):
-    student = adapter.load_transformer(judged / "student", torch.float32)
-    flat = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    ways = {"teacher@2": ({}, 2, 4), "untrained@2": ({"scheduler": flat}, 2, 0)}
-    ways["student@1"] = ({"scheduler": flat, "transformer": student}, 1, 0)
-    for name, (parts, steps, scale) in ways.items():
-        pipe = adapter.load_pipeline(place.model, torch.float32, "cpu", **parts)
-        call = {"num_inference_steps": steps, "guidance_scale": scale, "height": 32, "width": 48}
-        for i, shown in enumerate(pixels(judged, name, 2)):
-            noise = adapter.noise_for(2, i, 4, 6)[None]
-            made = pipe(PROMPTS[i], latents=noise, output_type="np", **call).images[0]
-            assert np.abs((made * 255).round() - shown).max() <= 1
-    a, b = (pixels(judged, "student@2", seed).astype(int) for seed in (0, 1))
-    assert np.abs(a - b).mean() > 1, "seeds differ"
-
-
-def test_a_stopped_evaluation_goes_on_on_two_ranks(place, judged, tmp_path, monkeypatch):
+def test_a_stopped_evaluation_goes_on(place, judged, tmp_path, monkeypatch):
     run = make_run(tmp_path / "one", place)
-    stop_at(14, adapter, "decode", monkeypatch)
-    assert judge(run) == 130 and not (run / "report.json").exists()
+    with monkeypatch.context() as patch:
+        stops = Mock(wraps=adapter.decode, side_effect=[*[DEFAULT] * 13, KeyboardInterrupt])
+        patch.setattr(adapter, "decode", stops)
+        assert judge(run) == 130 and not (run / "report.json").exists()
     assert len(list(run.rglob("*.png"))) == 13
-    script, words = tmp_path / "judge.py", "sys.exit(t.judge(t.Path(sys.argv[1])))"
-    script.write_text(f"import test_zimage_data as t, sys\n{words}")
-    two_ranks(script, run)
+    assert judge(run) == 0
     for row, one in zip(rows(run), rows(judged), strict=True):
-        assert row["kid"] == pytest.approx(one["kid"], abs=1e-3) and row["clip"] == []
-        for seed in (0, 1, 2):  # rounding alone: a level of 255 at most
-            a, b = (pixels(r, row["name"], seed).astype(int) for r in (run, judged))
-            assert np.abs(a - b).max() <= 1
+        assert row["kid"] == pytest.approx(one["kid"], abs=1e-9) and row["clip"] == []
     monkeypatch.setattr(adapter, "load_transformer", None)  # all images are there
     assert judge(run) == 0
 
@@ -550,31 +390,19 @@ def test_images_of_other_settings_are_never_mixed_in(judged, tmp_path):
     kid = [row["kid_mean"] for row in rows(run)]
     old = [row["kid_mean"] for row in rows(judged)]
     assert [a == pytest.approx(b, abs=1e-9) for a, b in zip(kid, old, strict=True)] == [1, 0, 0, 1]
+    assert added("--seeds", 1) == []  # one seed is judged against the next
+    for k in (0, 3):  # teacher and untrained
+        assert rows(run)[k]["kid"] == pytest.approx(rows(judged)[k]["kid"][1:2], abs=1e-9)
     assert added("--seeds", 1, "--guidance", 3) == ["teacher@2"]
     (tmp_path / "other.txt").write_text("\n".join(PROMPTS[:2]))
     for option in (["--resolution", 48], ["--prompts", tmp_path / "other.txt"]):
         assert ",".join(added("--seeds", 1, *option)) == "student@1,student@2,teacher@2,untrained@2"
 
 
-def test_one_seed_is_judged_against_the_next(place, judged, tmp_path, monkeypatch, capsys):
-    run = Path(shutil.copytree(judged, tmp_path / "one"))
-    console = open(tmp_path / "console", "w", encoding="ascii")
-    monkeypatch.setattr(sys, "stdout", console)  # which can't write what is not ASCII
-    assert judge(run, "--seeds", 1) == 0
-    for row, three in zip(rows(run), rows(judged), strict=True):
-        assert row["kid"] == pytest.approx(three["kid"][1:2], abs=1e-9) and row["kid_std"] is None
-
-
 def test_inception_is_asked_for_before_the_images(place, tmp_path, capsys, monkeypatch):
-    def offline(*args, **settings):
-        raise OSError("no network")
-
     run = make_run(tmp_path / "one", place)
+    offline = Mock(side_effect=OSError("no network"))
     monkeypatch.setattr("cleanfid.inception_torchscript.check_download_inception", offline)
     code = judge(run, "--features", tmp_path / "nets", features=None)
     tiny.refused(capsys, code, "--features", "can't be loaded or downloaded (OSError)")
-    tiny.refused(capsys, judge(run, "--prompts", "nowhere.txt"), "nowhere.txt")
-    tiny.refused(capsys, judge(run, "--clip", tmp_path), "can't be loaded")
-    (run / "prompts.txt").write_text("one")
-    tiny.refused(capsys, judge(run), "KID needs at least 2 prompts")
     assert not (run / "evaluation").exists()

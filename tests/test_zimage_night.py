@@ -2,19 +2,15 @@
 of its own, the sweep within this one."""
 
 import json
-import os
-import runpy
 import statistics
-import sys
-import types
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image
 
 import ladd
 import tiny_zimage
-from processes import FORKS
 from zimage import evaluate, plan, precompute, rehearse, sweep
 
 TINY = "--taps 1,3 --head-width 16 --batch 4 --device cpu --dtype float32 --lr-warmup 0".split()
@@ -23,9 +19,7 @@ JUDGE = "--resolution 32 --teacher-steps 2 --device cpu --dtype float32"
 
 @pytest.fixture
 def no_inception(monkeypatch):
-    def offline(*_):
-        raise ladd.UserError("--features: no network")
-
+    offline = Mock(side_effect=ladd.UserError("--features: no network"))
     monkeypatch.setattr(evaluate, "inception", offline)
 
 
@@ -34,34 +28,6 @@ def start(main, *words):
 
 
 # ---- the rehearsal -------------------------------------------------------------------------------
-
-FORKS.set_forkserver_preload(["zimage.rehearse", "zimage.precompute", "zimage.lora"])
-
-
-def command(words, log):
-    """What `python WORDS` does, with its output into `log`."""
-    os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), 1)
-    os.dup2(1, 2)
-    sys.argv = words[words[0] in ("-m", "-c") :]
-    if words[0] == "-c":
-        exec(words[1], {})
-    run = runpy.run_module if words[0] == "-m" else runpy.run_path
-    run(sys.argv[0], run_name="__main__")
-
-
-def launch(gpus, words, log, until=None):
-    """`rehearse.launch` for one rank, in half its time."""
-    before = log.read_text()
-    process = FORKS.Process(target=command, args=([*map(str, words)], log), daemon=True)
-    process.start()
-    while process.exitcode is None and not (until and until.exists()):
-        process.join(0.1)
-    process.kill()
-    process.join()
-    assert process.exitcode == (-9 if until else 0), log.read_text()
-    return log.read_text()[len(before) :]
-
-
 @pytest.mark.parametrize("gpus, recipe", [(1, "zimage-lora"), (2, "zimage-clip")])
 def test_a_rehearsal_goes_the_whole_path(
     gpus, recipe, model, tmp_path, capsys, monkeypatch, no_inception
@@ -73,8 +39,6 @@ def test_a_rehearsal_goes_the_whole_path(
         return found
 
     monkeypatch.chdir(Path(ladd.__file__).parent)
-    if gpus == 1:  # two ranks are commands of their own
-        monkeypatch.setattr(rehearse, "launch", launch)
     real_trace = plan.trace
     monkeypatch.setattr(plan, "trace", trace)
     options = ["--model", model, "--gpus", gpus, "--out", tmp_path / "all.png", "--recipe", recipe]
@@ -98,7 +62,7 @@ def test_a_rehearsal_goes_the_whole_path(
         assert picture.size == (3 * 300, 4 * 300)
 
 
-def test_what_is_wrong_is_said_in_one_line(model, tmp_path, capsys, monkeypatch):
+def test_what_is_wrong_is_said_in_one_line(tmp_path):
     log = tmp_path / "log"
     for code, says in {
         "import sys; print('ladd: no such tap', file=sys.stderr); sys.exit(2)": "no such tap",
@@ -107,13 +71,6 @@ def test_what_is_wrong_is_said_in_one_line(model, tmp_path, capsys, monkeypatch)
     }.items():
         with pytest.raises(ladd.UserError, match=f"^{says}; see {log}"):
             rehearse.launch(1, ["-c", code], log)
-    options = ["--model", model, "--out", tmp_path / "all.png", *TINY]
-    monkeypatch.setattr(rehearse, "PROMPTS", tmp_path / "nowhere.txt")
-    monkeypatch.setattr(plan, "trace", lambda *_, **settings: types.SimpleNamespace(peak=1))
-    for words in (["--batch", "5", "--gpus", "2"], ["--lora", "3"], []):
-        assert start(rehearse.main, *options, *words) == 2
-        assert len(capsys.readouterr().err.splitlines()) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
 def test_images_unlike_the_stock_pipelines_are_noticed(model, tmp_path):
@@ -125,8 +82,6 @@ def test_images_unlike_the_stock_pipelines_are_noticed(model, tmp_path):
 
 
 # ---- the sweep -----------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def night(model, tmp_path, monkeypatch):
     """A function that runs a sweep of two settings, with stand-ins for Inception, and returns
