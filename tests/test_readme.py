@@ -192,10 +192,10 @@ def lines_of(pattern):
 
 
 def test_the_files_keep_to_their_budgets():
-    assert lines_of("ladd.py") <= 1242
+    assert lines_of("ladd.py") <= 1235
     assert lines_of("toy_mnist/*.py") <= 1700
-    assert lines_of("zimage/*.py") <= 2267
-    assert lines_of("tests/*.py") - lines_of("tests/faults.py") <= 5055
+    assert lines_of("zimage/*.py") <= 2216
+    assert lines_of("tests/*.py") - lines_of("tests/faults.py") <= 4500
     assert not any("fmt: " + "off" in path.read_text() for path in ROOT.rglob("*.py"))
 
 

@@ -72,11 +72,6 @@ def unify(text):
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
-def count_tokens(text):
-    """About how many tokens, rather too many: four letters each, other characters one each."""
-    return sum(math.ceil(len(piece) / 4) for piece in re.findall(r"[a-zA-Z]+|\S", text))
-
-
 def features(text):
     """Its pairs of neighbouring words, ends included; a Chinese or Japanese sign is a word. So one
     word changed in 11 makes near-duplicates, and two that change places in 15 do not."""
@@ -100,12 +95,14 @@ def clean(texts):
         rare = sorted(found, key=lambda feature: (often[feature], feature))
         rare = rare[: len(rare) - math.ceil(ALIKE * len(rare)) + 1]
         twins = dict.fromkeys(j for feature in rare for j in index[feature])
+        # About how many tokens, rather too many: four letters each, other characters one each.
+        tokens = sum(math.ceil(len(piece) / 4) for piece in re.findall(r"[a-zA-Z]+|\S", plain))
         alike = (j for j in twins if len(found & sets[j]) >= ALIKE * len(found | sets[j]))
         if not plain:
             why = "no prompt"
         elif any(unicodedata.category(c) in NO_TEXT for c in plain):
             why = "control characters"
-        elif count_tokens(plain) > LIMIT:
+        elif tokens > LIMIT:
             why = "too long"
         elif (twin := next(alike, None)) is not None:
             why = f"much the same as {texts[twin][0]}"

@@ -66,8 +66,7 @@ def merged(transformer):
 def save(transformer, folder, model, call, more):
     """LoRA's weights alone, for `ZImagePipeline.load_lora_weights(folder)`, and how to sample them.
 
-    model: the base model; call: the arguments with which its pipeline asks for the trained times;
-    more: arguments of its scheduler.
+    model: the base model. call, more: arguments of its pipeline and its scheduler, for the card.
     """
     with ladd.replacing(folder) as part:
         layers = get_peft_model_state_dict(transformer)

@@ -141,8 +141,7 @@ def rehearse(place, options, recipe, more, planned):
         (student,) = images.glob(f"student@{n}-*/seed-0")
         compare(place / "export", student, prompts, options, **call)
     peak = torch.cuda.max_memory_allocated() / 1e9
-    cells = (f"{peak:.3f}" if peak else "-"), "-"
-    show("stock ZImagePipeline", began, 4 * (plan.TEACHER + n), *cells)
+    show("stock ZImagePipeline", began, 4 * (plan.TEACHER + n), f"{peak:.3f}" if peak else "-", "-")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return statistics.median(line["seconds"] for line in lines if "student_loss" in line)
 
