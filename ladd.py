@@ -507,9 +507,9 @@ def misaligned_loss(state, world, recipe, b, real_logits):
     """DEPARTURE: softplus(wrong - right). Under another sample's condition real should score less.
 
     This ties the heads to the condition (misaligned pairs, SANA-Sprint, arXiv 2503.09641). Places 0
-    and 1, 2 and 3, ... of the joint batch exchange theirs. The teacher gets the wrong one too. Else
-    the heads could compare the condition that its features carry with the one that they are given,
-    and need not look at the sample.
+    and 1, 2 and 3, ... of the joint batch exchange their conditions. The teacher gets the wrong
+    condition too. Else the heads could compare the condition that its features carry with the one
+    that they are given, and need not look at the sample.
     """
     wrong = b.cond[(b.index ^ 1) - b.index[0]]
     told = world.head_cond(wrong)
@@ -704,10 +704,11 @@ class State:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(recipe.seed)  # keys the initial weights
             self.student = world.make_student()
-            parts = []  # two samples at a time take no more memory than training does
+            parts = []  # two samples at a time take no more of a GPU than training does
             for k in b.index.split(2):
                 parts.append([m.cpu() for m in world.features(x_t[k], b.t_real[k], b.cond[k])])
-            maps = [torch.cat(m) for m in zip(*parts, strict=True)]
+            taps = range(len(parts[0]))
+            maps = [torch.cat([part.pop(0) for part in parts]) for _ in taps]  # frees as it goes
             for m in maps:
                 check(m.ndim == 4, f"taps: one gives {list(m.shape)}, not a map [B, C, H, W]")
             told = (world.head_cond(b.cond).shape[1], recipe.head_width, recipe.heads_see_t)
@@ -793,7 +794,8 @@ def train(world, recipe, run, options=None, losses=None):
     """Distil into the folder `run`, which is made, or resumed. Returns the finished `State`.
 
     Works from a script, a notebook or a thread. UserError where the run can't start or go on.
-    losses: as in `train_step`. The world's teacher gets frozen.
+    losses: as in `train_step`. The world's teacher gets frozen, and torch's TF32 is on for bfloat16
+    alone.
     """
     options, run = options or Options(), Path(os.path.expanduser(run))
     with contextlib.ExitStack() as stack:
@@ -1087,7 +1089,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv):
-    """(the world's module, options, recipe) of a command line. Its fields win over a recipe's."""
+    """(the world's module, options, recipe) of a command line, whose own fields win."""
     module = importlib.import_module("zimage.world" if "--zimage" in argv else "toy_mnist.world")
     parser = Parser("ladd.py", description=__doc__.split("This file")[0])
     which = parser.add_mutually_exclusive_group(required=True)
@@ -1164,7 +1166,7 @@ def pick_device(name):
     try:
         torch.zeros(1, device=name).cpu()
     except Exception as error:  # by what is missing: a driver, a module, ...
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"--device {name}: not here ({reason}); leave it out") from error
     return torch.device(name)
 
@@ -1200,8 +1202,8 @@ def run_command_line(work, argv=None):
     2: bad input, a run that can't go on, no room on disk or GPU. 130: Ctrl-C or SIGTERM.
     """
     no_room = SafetensorError, dcp.CheckpointException, torch.OutOfMemoryError
-    with contextlib.suppress(AttributeError):  # of a notebook, or closed
-        for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):  # a notebook's, or closed
             stream.reconfigure(errors="backslashreplace")  # a console may lack a letter
     try:
         if threading.current_thread() is threading.main_thread():

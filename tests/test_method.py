@@ -29,6 +29,8 @@ def f64(*values):
 
 
 # ---- The independent iteration: losses and both gradients written out by hand
+
+
 def own_sample(student, world, recipe, b, k):
     """Sample k alone: the student's input, and the target of its guess, or None."""
     one = slice(k, k + 1)
@@ -155,6 +157,8 @@ def test_the_iteration_against_an_independent_one(world, changes, bf16):
 
 
 # ---- Flow maths, guidance, samplers
+
+
 def test_flow_formulas_by_hand():
     x0, eps, t = f64(2, 4)[:, None], f64(-2, 10)[:, None], f64(0.25, 0.5)
     x_t = ladd.interpolate(x0, eps, t)
@@ -248,6 +252,8 @@ def test_student_sampler_takes_its_steps_and_keys_each_samples_noise(world, samp
 
 
 # ---- Taps
+
+
 def make_chain():
     """x -> 2x -> 2x + 1 -> its square, by modules that count their calls."""
     net = nn.Sequential()
@@ -296,6 +302,7 @@ def test_taps_are_removed_whatever_happens(name, x, error):
 
 
 # ---- Heads
+
 CHANNELS, MAPS = (8, 6, 5, 16), ((16, 12), (8, 5), (3, 9), (1, 40))
 
 
@@ -378,6 +385,7 @@ def test_fourier_by_formula():
 
 
 # ---- Recipe, reader, draws
+
 BAD_FIELDS = [
     *[("batch", v) for v in ("many", 1.5, True, 0, None, math.nan)],
     *[("student_lr", v) for v in (-1e-4, math.inf, "fast")],
@@ -500,6 +508,8 @@ def test_paired_samples_get_their_stored_noise_and_lie_evenly(world, every):
 
 
 # ---- The average, schedules, steps
+
+
 @pytest.mark.parametrize("gen_every", [1, 2])
 def test_a_step_updates_the_average_after_the_weights(world, gen_every):
     recipe = tiny.make_recipe(gen_every=gen_every, ema_half_life=40.0, ema_ramp=0.5)
@@ -620,6 +630,8 @@ def test_a_gradient_that_is_not_finite_skips_its_step_and_three_end_the_run(worl
 
 
 # ---- One iteration: what goes where
+
+
 def test_a_run_starts_from_the_teacher_and_repeats_bit_for_bit(world):
     recipe, found = tiny.make_recipe(share_noise=False, penalty_weight=0.1, paired_share=0.5), []
     for seed in (0, 1):

@@ -79,13 +79,17 @@ def test_a_console_gets_a_letter_that_it_lacks_as_a_code(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_float32_that_is_asked_for_is_exact_on_a_gpu(tmp_path, dtype):
-    train(tmp_path, dtype=dtype)
+def test_float32_that_is_asked_for_is_exact_on_a_gpu(tmp_path, dtype, monkeypatch):
     backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    for backend in backends:  # and what was set comes back
+        monkeypatch.setattr(backend, "allow_tf32", dtype == "float32")
+    train(tmp_path, dtype=dtype)
     assert [backend.allow_tf32 for backend in backends] == [dtype == "bfloat16"] * 2
 
 
 # ---- the command line, with the tiny world in place of the toy -----------------------------------
+
+
 class World(tiny.World):
     def evaluate(self, student, run, step):
         torch.manual_seed(step)
@@ -135,6 +139,8 @@ def assert_same_run(run, other):
 
 
 # ---- killed and resumed = never killed -----------------------------------------------------------
+
+
 @pytest.mark.parametrize("iteration", [0, 1, 3, 5])
 def test_killed_in_an_iteration_and_resumed_is_never_killed(tmp_path, whole, iteration):
     with pytest.raises(Killed):
@@ -267,6 +273,8 @@ def test_a_stopped_job_ends_with_one_line_and_130(tmp_path, never_killed, place,
 
 
 # ---- what else must not change a run, or must not be changed -------------------------------------
+
+
 @pytest.mark.parametrize(
     "options", [{"evaluate_every": 1}, {"checkpoint_every": 1}, {"log_every": 4}], ids=str
 )
@@ -346,6 +354,8 @@ def test_collapse_is_called_out_and_ends_the_run_when_asked(tmp_path, capsys):
 
 
 # ---- one run, one process ------------------------------------------------------------------------
+
+
 def test_a_run_that_exists_is_refused_or_resumed_under_the_same_recipe_and_data(tmp_path, whole):
     run = tmp_path / "run"
     shutil.copytree(whole[0], run)
@@ -401,6 +411,8 @@ def test_a_live_run_is_not_resumed_beside_itself(tmp_path, never_killed, capsys)
 
 
 # ---- a full disk ---------------------------------------------------------------------------------
+
+
 def command_on_a_full_disk(out, name):
     """From this function on no file of more than so many bytes can be written."""
     limit = 1000 if name == "write_json" else 9000
@@ -436,6 +448,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
 
 
 # ---- ranks ---------------------------------------------------------------------------------------
+
 FULL = {**ladd.GAME, **ladd.TARGETS, "distill_own": False}
 FULL |= {"iterations": 6, "batch": 12, "share_noise": False, "clip": 1e9}
 FULL["head_lr"] = 0.0  # else AdamW's first step, of the gradient's sign, enlarges rounding
@@ -547,6 +560,8 @@ def test_a_run_goes_from_2_ranks_to_1_and_to_3(tmp_path):
 
 
 # ---- worlds of one's own -------------------------------------------------------------------------
+
+
 def a_cell(folder):
     """A run in a thread, beside the caller's own signal handlers and pictures."""
     import matplotlib
@@ -576,6 +591,7 @@ def test_a_refusal_leaves_a_folder_of_other_things_as_it_was(tmp_path):
 
 
 # ---- the command line ----------------------------------------------------------------------------
+
 BAD = {
     "unknown option": ("--nonsense=1", "--nonsense"),
     "an abbreviation": ("--iter=3", "--iter"),

@@ -26,6 +26,7 @@ import tiny
 from toy_mnist import judge as toy_judge
 from toy_mnist import report, teacher
 from toy_mnist import world as toy_world
+from toy_mnist.settings import SETTINGS, recipe_for
 from toy_mnist.data import ColorMNIST, colour, hue_to_rgb, image_hue, load_mnist
 from toy_mnist.edm import CUNet, EDMVelocity, sample_dpm, sample_heun, time_grid
 from toy_mnist.judge import WEIGHTS, Judge
@@ -70,6 +71,8 @@ def close(a, b, tolerance=1e-8):
 
 
 # ---- EDM's preconditioning
+
+
 def test_the_untrained_student_is_edms_denoiser_at_every_noise_level(float64):
     net = random_net()
     student = ladd.World(EDMVelocity(net, SD), None).make_student().eval().requires_grad_(False)
@@ -115,6 +118,8 @@ def test_the_network_computes_in_the_dtype_that_is_asked_for(dtype):
 
 
 # ---- samplers
+
+
 def edm_sigmas(n):
     """EDM eq. 5, in plain Python, with the final 0."""
     if n == 1:
@@ -172,6 +177,8 @@ def test_dpm_solver_is_diffusers_own_run_of_a_preconditioned_network(float64, n)
 
 
 # ---- data
+
+
 def grey_digits(n, seed=0):
     """Digit-like pictures: one bright bar per label, shifted at random. uint8 [n, 28, 28], [n]"""
     gen = torch.Generator().manual_seed(seed)
@@ -247,6 +254,8 @@ def real_mnist():
 
 
 # ---- the teacher's training
+
+
 def test_edm_loss_is_the_weighted_denoising_error(float64):
     net, (eps, label) = random_net(), noise_and_label(5)
     x0 = 0.5 * torch.randn(5, 3, 28, 28)
@@ -308,6 +317,8 @@ def test_teacher_training_learns_and_resumed_is_never_stopped(mnist_root, tmp_pa
 
 
 # ---- the judge
+
+
 def test_frechet_of_correlated_samples_by_eigenvalues():
     rng = np.random.default_rng(0)
     mixed = [rng.standard_normal((400, 16)) @ rng.standard_normal((16, 16)) for _ in range(2)]
@@ -391,6 +402,8 @@ def test_real_mnist_is_judged_as_the_shipped_figures_say(real_mnist, judge):
 
 
 # ---- the shipped weights
+
+
 @pytest.mark.parametrize("name", ["teacher", "judge", "reference"])
 def test_a_flipped_bit_and_a_cut_off_file_are_noticed(tmp_path, name):
     shutil.copytree(WEIGHTS, tmp_path, dirs_exist_ok=True)
@@ -406,6 +419,7 @@ def test_a_flipped_bit_and_a_cut_off_file_are_noticed(tmp_path, name):
 
 
 # ---- the world
+
 TINY = {"iterations": 4, "batch": 4, "samples": 20, "teacher_steps": 3, "head_width": 8}
 TINY |= {"warmup": 1, "lr_warmup": 1, "guidance_low": 0.0, "guidance_high": 1.0}
 
@@ -432,6 +446,15 @@ def toy(weights, tmp_path):
         return toy_world.make_world(recipe, types.SimpleNamespace(**options), CPU)
 
     return make
+
+
+def test_recipes_have_the_papers_numbers():
+    game = toy_world.RECIPES["ladd"]
+    paper, numbers = recipe_for(SETTINGS["paper"], {}, 0), ladd.Recipe()  # see test_method.py
+    names = "times time_probs warmup_probs renoise_mean renoise_std loss adv_weight penalty_weight "
+    names += "misaligned_weight anchor_weight distill_weight paired_share"
+    assert all(getattr(paper, name) == getattr(numbers, name) for name in names.split())
+    assert not paper.share_noise and game.distill_weight == game.paired_share == 0
 
 
 def test_features_are_the_teachers_own_and_carry_gradients(toy):
@@ -543,6 +566,8 @@ def test_signs_of_collapse(toy, tmp_path, monkeypatch, accuracy, entropy, signs)
 
 
 # ---- a job
+
+
 def command(out, *options, weights):
     """The words of a tiny job's command."""
     words = [sys.executable, ladd.__file__, "--toy", "--device", "cpu", "--dtype", "float32"]

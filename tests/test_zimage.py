@@ -102,6 +102,8 @@ def make_world(model, data, sharded=False, dtype="float32", **changes):
 
 
 # ---- the adapter, against the pipeline ----------------------------------------------------------
+
+
 @pytest.mark.parametrize("w, h, wide", [(1, 8, 8), (5, 8, 12), (2.5, 12, 8)])
 def test_the_guided_teacher_is_the_stock_pipeline(model, data, pipe, w, h, wide):
     """From noise, and from a sample half way down."""
@@ -157,6 +159,8 @@ def test_features_hold_image_tokens_alone_in_a_mixed_batch(model, data, pipe):
 
 
 # ---- building and sharding ----------------------------------------------------------------------
+
+
 def load(model, sharded):
     folder = model / "transformer"
     config = fsdp.ZImageTransformer2DModel.load_config(folder)
@@ -218,6 +222,8 @@ def test_a_sharded_student_samples_with_its_average_after_a_pass_without_gradien
 
 
 # ---- the job ------------------------------------------------------------------------------------
+
+
 @pytest.fixture(scope="module")
 def alone(model, data, tmp_path_factory):
     """Six iterations on one rank, checkpointed at 2, 4 and 6, with an evaluation."""
@@ -300,6 +306,7 @@ def test_signs_of_collapse_are_named(model, data, tmp_path):
 
 
 # ---- LoRA ---------------------------------------------------------------------------------------
+
 LORA = ["--lora-rank", 4, "--student-lr", "3e-4", "--head-lr", "1e-3", "--gen-every", 1]
 
 
@@ -387,6 +394,7 @@ def test_a_lora_run_ends_in_a_whole_student_and_in_a_lora_with_its_card(adapted,
 
 
 # ---- ranks --------------------------------------------------------------------------------------
+
 EVEN = {"time_probs": (0.4, 0.2, 0.2, 0.2), "warmup": 0, "gen_every": 1, "batch": 12}
 EVEN["head_lr"] = 0.0  # else AdamW's first step, of the gradient's sign, enlarges rounding
 OFF = ("penalty_weight", "misaligned_weight", "anchor_weight", "distill_weight", "paired_share")
@@ -503,6 +511,8 @@ def test_two_ranks_then_one_then_three_train_as_one_does(together, alone):
 
 
 # ---- bad input: one line, exit code 2, before any weight is loaded, and no run's folder ----------
+
+
 def weights(model, part="transformer"):
     return next((model / part).glob("*.safetensors"))
 
@@ -591,6 +601,8 @@ def test_too_little_memory_is_refused(changes, sharded, ranks, memory, disk, cap
 
 
 # ---- export and pictures ------------------------------------------------------------------------
+
+
 @pytest.fixture(scope="module")
 def place(alone, model, tmp_path_factory):
     """run: a finished run with a student unlike its teacher; exported; prompts: a file of them."""

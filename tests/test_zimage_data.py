@@ -4,6 +4,8 @@ a kill costs a shard, the reader's promises, figures equal independent ones."""
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ import tiny
 import tiny_zimage
 import torch
 from cleanfid.resize import build_resizer
-from diffusers import ZImagePipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPProcessor, CLIPTextModelWithProjection, CLIPTokenizer
@@ -75,6 +77,8 @@ def contents(folder):
 
 
 # ---- prompts -------------------------------------------------------------------------------------
+
+
 def test_the_shipped_prompts_are_disjoint():
     files = [ROOT / "zimage" / "prompts" / f"{name}.txt" for name in ("train", "heldout")]
     train, heldout = map(data.read_prompts, files)
@@ -109,6 +113,8 @@ def test_an_over_long_prompt_is_refused_with_its_count(place, latents, tmp_path,
 
 
 # ---- what is made --------------------------------------------------------------------------------
+
+
 def stock(place, indices, size, w, seed=0, dtype=torch.float32):
     """The stock pipeline's latents for these prompts, from the keyed noise, in 3 steps."""
     pipe = ZImagePipeline.from_pretrained(place.model, dtype=dtype)
@@ -156,6 +162,8 @@ def test_captions_and_vectors_are_the_encoders_own(place, latents):
 
 
 # ---- restarts and ranks --------------------------------------------------------------------------
+
+
 def test_a_restart_makes_what_is_missing_or_cut_off_alike_and_nothing_else(place, copy, capsys):
     whole = contents(copy)
     a, b, c, d = sorted(name for name in whole if name.startswith("shard"))
@@ -168,6 +176,38 @@ def test_a_restart_makes_what_is_missing_or_cut_off_alike_and_nothing_else(place
         data.Latents(copy)
     assert run(place, copy, "--clip", place.clip) == 0
     assert contents(copy) == whole and (copy / d).stat().st_mtime_ns == before
+
+
+def test_a_kill_loses_the_shard_in_work_alone(place, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        made = [*[DEFAULT] * 3, KeyboardInterrupt]  # in the second or third of four shards
+        stops = Mock(wraps=adapter.sample_teacher, side_effect=made)
+        patch.setattr(adapter, "sample_teacher", stops)
+        assert run(place, out, "--clip", place.clip) == 130
+    assert 0 < len(list(out.glob("shard*"))) < 3
+    assert run(place, out, "--clip", place.clip) == 0
+    made, whole = contents(out), contents(place.made)
+    assert {**made, "manifest.json": 0} == {**whole, "manifest.json": 0}  # it holds the command
+    monkeypatch.setattr(adapter, "load_transformer", None)  # whole: no model is loaded
+    assert run(place, out, "--clip", place.clip) == 0
+    assert "all 4 shards are there" in capsys.readouterr().out
+
+
+def test_two_ranks_make_the_same_data_as_one(place, tmp_path):
+    out = tmp_path / "out"
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words += ["-m", "zimage.precompute", *arguments(place, out, "--clip", place.clip)]
+    done = subprocess.run([*map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.count("11 samples"), done.stdout.count("are there")
+    assert said == (1, 1)  # rank 0 talks for all
+    assert contents(out).keys() == contents(place.made).keys()
+    for path in out.glob("shard*"):
+        one, two = load_file(path), load_file(place.made / path.name)
+        for name in two:  # another process may round otherwise
+            close = {"rtol": 0.02, "atol": 2e-3}
+            torch.testing.assert_close(one[name].float(), two[name].float(), **close)
 
 
 CHANGES = {
@@ -195,6 +235,7 @@ def test_the_model_may_move_but_not_change(place, copy, tmp_path, capsys):
 
 
 # ---- refusals ------------------------------------------------------------------------------------
+
 WRONG = {
     "--guidance inf": "--guidance inf: give a number from 1",
     "--resolution 64,48x40": "'48x40' is no size in multiples of 16",
@@ -239,6 +280,8 @@ def test_a_latent_that_is_not_finite_is_refused(place, tmp_path, capsys, monkeyp
 
 
 # ---- reading -------------------------------------------------------------------------------------
+
+
 def test_prompts_are_indexed_as_a_tensor_is():
     captions = [torch.full((k + 1, 3), float(k)) for k in range(4)]
     prompts = adapter.Prompts(captions, torch.arange(4.0)[:, None])
@@ -290,6 +333,8 @@ def test_the_last_samples_are_held_out(latents):
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
+
+
 def make_run(folder, place):
     """A finished run's folder, written by hand."""
     tiny_zimage.transformer(seed=5).save_pretrained(folder / "student")
@@ -359,6 +404,22 @@ def test_figures_equal_independent_ones(place, judged):
     report = (judged / "report.md").read_text()
     for words in ("| student@2 | 2 | 2 | ", "3 images of 48x32 per seed", "guidance_scale 4)"):
         assert words in report
+
+
+def test_images_are_the_ones_the_stock_pipeline_makes(place, judged):
+    student = adapter.load_transformer(judged / "student", torch.float32)
+    flat = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    ways = {"teacher@2": ({}, 2, 4), "untrained@2": ({"scheduler": flat}, 2, 0)}
+    ways["student@1"] = ({"scheduler": flat, "transformer": student}, 1, 0)
+    for name, (parts, steps, scale) in ways.items():
+        pipe = adapter.load_pipeline(place.model, torch.float32, "cpu", **parts)
+        call = {"num_inference_steps": steps, "guidance_scale": scale, "height": 32, "width": 48}
+        for i, shown in enumerate(pixels(judged, name, 2)):
+            noise = adapter.noise_for(2, i, 4, 6)[None]
+            made = pipe(PROMPTS[i], latents=noise, output_type="np", **call).images[0]
+            assert np.abs((made * 255).round() - shown).max() <= 1
+    a, b = (pixels(judged, "student@2", seed).astype(int) for seed in (0, 1))
+    assert np.abs(a - b).mean() > 1, "seeds differ"
 
 
 def test_a_stopped_evaluation_goes_on(place, judged, tmp_path, monkeypatch):

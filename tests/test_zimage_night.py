@@ -28,6 +28,8 @@ def start(main, *words):
 
 
 # ---- the rehearsal -------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("gpus, recipe", [(1, "zimage-lora"), (2, "zimage-clip")])
 def test_a_rehearsal_goes_the_whole_path(
     gpus, recipe, model, tmp_path, capsys, monkeypatch, no_inception
@@ -82,6 +84,8 @@ def test_images_unlike_the_stock_pipelines_are_noticed(model, tmp_path):
 
 
 # ---- the sweep -----------------------------------------------------------------------------------
+
+
 @pytest.fixture
 def night(model, tmp_path, monkeypatch):
     """A function that runs a sweep of two settings, with stand-ins for Inception, and returns

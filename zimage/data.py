@@ -99,7 +99,7 @@ def count_held_out(count):
 
 def read_manifest(folder):
     """The manifest of a data folder; UserError where there is none, or another kind."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         manifest = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
         if manifest.get("kind") == KIND:
             return manifest
@@ -144,7 +144,9 @@ class Latents:
                 self.places[i] = shard["name"], k
                 self.sizes[i] = shard["height"] // adapter.PIXELS, shard["width"] // adapter.PIXELS
                 self.lengths[i] = length
-        self.epoch_batches = functools.lru_cache(2)(self.epoch_batches)  # epoch 0 and today's
+        self.epoch_batches = functools.lru_cache(2)(
+            self.epoch_batches
+        )  # epoch 0, for its length, and today's
 
     def __len__(self):
         return self.about["count"]

@@ -48,7 +48,8 @@ class LoraVelocity(nn.Module):
             if ladd.world_size() > 1:
                 dist.broadcast(p.data, 0)
         # Past nn.Module, which would take them for submodules.
-        vars(self).update(transformer=student, velocity=ZImageVelocity(student, dtype))
+        object.__setattr__(self, "transformer", student)
+        object.__setattr__(self, "velocity", ZImageVelocity(student, dtype))
 
     def forward(self, x_t, t, cond):
         return self.velocity(x_t, t, cond)

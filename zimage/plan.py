@@ -205,7 +205,7 @@ def plan(recipe, options, config=None):
         n = settings.micro_batch
         heads, both = (trace(recipe, options, n, turn, config) for turn in (False, True))
         one = trace(recipe, options, 1, True, config)  # a line through two sizes tells of all
-        slope = (both.peak - one.peak) / (n - 1)
+        slope = max(1, (both.peak - one.peak) / (n - 1))
     (tflops, room), (height, width) = CARDS[options.gpu], options.resolution[0]
     gpus, made, iterations = options.gpus, options.prompts, recipe.iterations
 

@@ -43,7 +43,7 @@ def parse_options(argv):
     add("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="(%(default)s)")
     options = made.parse_args(argv)
     ok = 1 <= options.guidance < float("inf")
-    check(ok, f"--guidance {options.guidance}: give a number from 1, which is none")
+    check(ok, f"--guidance {options.guidance}: give a number from 1 (no guidance)")
     return options
 
 

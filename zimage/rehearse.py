@@ -114,10 +114,11 @@ def rehearse(place, options, recipe, more, planned):
     train += ["--out", run.parent, "--name", run.name, "--iterations", 6, "--log-every", 1]
     train += ["--checkpoint-every", 4, "--evaluate-every", 4]
     fourth = run / "checkpoints" / "step-0000004"
-    passes = planned.flops * recipe.batch / planned.forward / gpus
-    peak, written = {"gigabytes": f"{planned.peak / 1e9:.3f}"}, fourth / ".metadata"
-    stage("4 iterations, SIGKILL", gpus, 4 * passes, *train, until=written, **peak)
-    text = stage("resume, 2 iterations", gpus, 2 * passes, *train, "--resume", **peak)
+    each = planned.flops * recipe.batch / planned.forward / gpus  # an iteration in passes
+    written = fourth / ".metadata"
+    memory = {"gigabytes": f"{planned.peak / 1e9:.3f}"}
+    stage("4 iterations, SIGKILL", gpus, 4 * each, *train, until=written, **memory)
+    text = stage("resume, 2 iterations", gpus, 2 * each, *train, "--resume", **memory)
     check(f"going on from {fourth}" in text, f"--resume did not go on from iteration 4; see {log}")
     drawn += ["--steps", n]
     shown = ["-m", "zimage.sample", run, "--count", 4, "--out", out, *drawn]

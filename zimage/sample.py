@@ -137,7 +137,7 @@ def fill_in(options, run):
     made_of, known = run.made_of, run.recipe.times
     options.teacher_steps = options.teacher_steps or made_of["latents.steps"]
     w = made_of["latents.guidance"] if options.guidance is None else options.guidance
-    check(1 <= w < float("inf"), f"--guidance {w}: give a number from 1, which is none")
+    check(1 <= w < float("inf"), f"--guidance {w}: give a number from 1 (no guidance)")
     options.guidance = w
     options.steps = options.steps or [n for n in (4, 2, 1) if n <= len(known)]
     for n in options.steps:

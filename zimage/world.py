@@ -220,14 +220,17 @@ class ZImageWorld(ladd.World):
         the teacher's variance. They are to watch. The measure of quality is `feature_kid`.
         """
         x0, cond, noise = (v.to(self.device) for v in self.data.get(self.shown))
+        steps = [n for n in (1, 2, 4) if n <= len(self.recipe.times)]
+
+        def sampled(*start):
+            made = [ladd.sample_student(student, self.recipe, *start, n) for n in steps]
+            return {f"student@{n}": z for n, z in zip(steps, made, strict=True)}
+
         own = adapter.Prompts(self.captions, torch.zeros(len(self.captions), 0))
-        own_noise = torch.cat([noise] * GRID)[: len(own)]
-        rows, own_rows, metrics, collapse = {"teacher": x0}, {}, {}, []
-        for n in (n for n in (1, 2, 4) if n <= len(self.recipe.times)):
-            made = rows[f"student@{n}"] = ladd.sample_student(student, self.recipe, noise, cond, n)
-            if len(own):
-                start = student, self.recipe, own_noise, own
-                own_rows[f"student@{n}"] = ladd.sample_student(*start, n)
+        own_rows = sampled(torch.cat([noise] * GRID)[: len(own)], own) if len(own) else {}
+        rows, metrics, collapse = {"teacher": x0, **sampled(noise, cond)}, {}, []
+        for n in steps:
+            made = rows[f"student@{n}"]
             variance = metrics[f"variance@{n}"] = float(made.var() / x0.var())
             metrics[f"distance@{n}"] = float((made - x0).square().mean() / x0.var())
             if not 0.5 <= variance <= 2:
@@ -300,9 +303,9 @@ class ZImageWorld(ladd.World):
     def finish(self, student, run):
         self.save(student, run)
         if self.recipe.lora_rank:
-            more = ", stochastic_sampling=True" * (self.recipe.sampler == "renoise")
-            own = self.model, call_for(self.recipe.times), more
-            ladd.on_rank0(lambda: lora.save(student.transformer, run / "lora", *own))
+            more = ", stochastic_sampling=True" if self.recipe.sampler == "renoise" else ""
+            card = self.model, call_for(self.recipe.times), more
+            ladd.on_rank0(lambda: lora.save(student.transformer, run / "lora", *card))
             print0(f"{run / 'lora'} needs a scheduler of shift 1: see its README.md")
         print0(f"{run / 'student'} is done. Next: python -m zimage.evaluate {run}")
 
