@@ -79,12 +79,14 @@ def test_a_console_gets_a_letter_that_it_lacks_as_a_code(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_float32_that_is_asked_for_is_exact_on_a_gpu(tmp_path, dtype, monkeypatch):
+def test_float32_that_is_asked_for_is_exact_on_a_gpu(tmp_path, dtype):
     backends = torch.backends.cuda.matmul, torch.backends.cudnn
-    for backend in backends:  # and what was set comes back
-        monkeypatch.setattr(backend, "allow_tf32", dtype == "float32")
+    before = [backend.allow_tf32 for backend in backends]
     train(tmp_path, dtype=dtype)
-    assert [backend.allow_tf32 for backend in backends] == [dtype == "bfloat16"] * 2
+    found = [backend.allow_tf32 for backend in backends]
+    for backend, was in zip(backends, before, strict=True):
+        backend.allow_tf32 = was
+    assert found == [dtype == "bfloat16"] * 2
 
 
 # ---- the command line, with the tiny world in place of the toy -----------------------------------
