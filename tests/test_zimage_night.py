@@ -2,7 +2,10 @@
 of its own, the sweep within this one."""
 
 import json
+import os
+import runpy
 import statistics
+import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -11,6 +14,7 @@ from PIL import Image
 
 import ladd
 import tiny_zimage
+from processes import FORKS
 from zimage import evaluate, plan, precompute, rehearse, sweep
 
 TINY = "--taps 1,3 --head-width 16 --batch 4 --device cpu --dtype float32 --lr-warmup 0".split()
@@ -29,6 +33,32 @@ def start(main, *words):
 
 # ---- the rehearsal -------------------------------------------------------------------------------
 
+FORKS.set_forkserver_preload(["zimage.rehearse", "zimage.precompute", "zimage.lora"])
+
+
+def command(words, log):
+    """What `python WORDS` does, with its output into `log`."""
+    os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), 1)
+    os.dup2(1, 2)
+    sys.argv = words[words[0] in ("-m", "-c") :]
+    if words[0] == "-c":
+        exec(words[1], {})
+    run = runpy.run_module if words[0] == "-m" else runpy.run_path
+    run(sys.argv[0], run_name="__main__")
+
+
+def launch(gpus, words, log, until=None):
+    """`rehearse.launch` for one rank, in half its time."""
+    before = log.read_text()
+    process = FORKS.Process(target=command, args=([*map(str, words)], log), daemon=True)
+    process.start()
+    while process.exitcode is None and not (until and until.exists()):
+        process.join(0.1)
+    process.kill()
+    process.join()
+    assert process.exitcode == (-9 if until else 0), log.read_text()
+    return log.read_text()[len(before) :]
+
 
 @pytest.mark.parametrize("gpus, recipe", [(1, "zimage-lora"), (2, "zimage-clip")])
 def test_a_rehearsal_goes_the_whole_path(
@@ -41,6 +71,8 @@ def test_a_rehearsal_goes_the_whole_path(
         return found
 
     monkeypatch.chdir(Path(ladd.__file__).parent)
+    if gpus == 1:  # two ranks are commands of their own
+        monkeypatch.setattr(rehearse, "launch", launch)
     real_trace = plan.trace
     monkeypatch.setattr(plan, "trace", trace)
     options = ["--model", model, "--gpus", gpus, "--out", tmp_path / "all.png", "--recipe", recipe]
