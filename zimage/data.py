@@ -144,9 +144,8 @@ class Latents:
                 self.places[i] = shard["name"], k
                 self.sizes[i] = shard["height"] // adapter.PIXELS, shard["width"] // adapter.PIXELS
                 self.lengths[i] = length
-        self.epoch_batches = functools.lru_cache(2)(
-            self.epoch_batches
-        )  # epoch 0, for its length, and today's
+        # Kept: epoch 0, which is asked for its length, and today's.
+        self.epoch_batches = functools.lru_cache(2)(self.epoch_batches)
 
     def __len__(self):
         return self.about["count"]

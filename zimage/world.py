@@ -52,8 +52,8 @@ RECIPES = {
     # The rank, and ten times the learning rates: guesses.
     "zimage-lora": dataclasses.replace(ZIMAGE, lora_rank=64, student_lr=5e-5, head_lr=5e-4),
 }
-# A checkpoint of the full student is 99 GB. At these intervals writing and judging take one or two
-# hundredths of the run, see --plan.
+# A checkpoint of the full student is 99 GB. At these intervals writing and judging take under one
+# hundredth of the run on eight A100s, see docs/zimage.md.
 OPTIONS = ladd.Options(evaluate_every=2000, checkpoint_every=4000)
 
 
