@@ -477,9 +477,7 @@ def test_t_hat_is_log_normal_in_sigma(m, s):
 
 def test_draws_are_keyed_by_seed_iteration_and_place():
     r = tiny.make_recipe(batch=64, share_noise=False)
-    before = torch.random.get_rng_state()
     first = draws(r, 7, shape=(4,))
-    assert torch.equal(before, torch.random.get_rng_state())
     torch.manual_seed(123)  # the global generator has no say, nor have the other samples
     part = draws(r, 7, [5, 60, 9], (4,))
     assert all(torch.equal(part[k], first[k][[5, 60, 9]]) for k in first)
