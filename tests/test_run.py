@@ -378,26 +378,25 @@ def command_at_once(barrier, out, *words):
     return command(out, *words)
 
 
-def test_of_two_starts_with_one_name_one_is_refused(tmp_path):
-    barrier = FORKS.Barrier(2)
-    words = (tmp_path / "out", "--name=one")
-    processes = [
-        Child(tmp_path / f"log-{seed}", command_at_once, barrier, *words, f"--seed={seed}")
+def two_starts(folder, *words):
+    """How two starts at once end, in order of their exit codes: (code, what it printed, seed)."""
+    barrier, out = FORKS.Barrier(2), folder / "out"
+    starts = [
+        Child(folder / f"log-{seed}", command_at_once, barrier, out, f"--seed={seed}", *words)
         for seed in (1, 2)
     ]
-    ends = {seed: process.ended() for seed, process in zip((1, 2), processes, strict=True)}
-    winner, loser = sorted(ends, key=lambda seed: ends[seed][0])
-    assert ends[winner][0] == 0 and ends[loser][0] == 2
-    assert "--name one" in tiny.one_line(ends[loser][1])
+    return sorted((*start.ended(), seed) for seed, start in enumerate(starts, 1))
+
+
+def test_of_two_starts_with_one_name_one_is_refused(tmp_path):
+    (first, _, winner), (second, printed, _) = two_starts(tmp_path, "--name=one")
+    assert (first, second) == (0, 2) and "--name one" in tiny.one_line(printed)
     config = json.loads((tmp_path / "out/one/config.json").read_text())
     assert config["recipe"]["seed"] == winner
 
 
 def test_two_starts_without_a_name_get_numbers_of_their_own(tmp_path):
-    barrier = FORKS.Barrier(2)
-    words = (tmp_path / "out", "--iterations=2")
-    processes = [Child(tmp_path / f"log-{k}", command_at_once, barrier, *words) for k in range(2)]
-    assert [process.ended()[0] for process in processes] == [0, 0]
+    assert [code for code, _, _ in two_starts(tmp_path, "--iterations=2")] == [0, 0]
     for name in ("001", "002"):
         assert (tmp_path / "out" / name / "student.safetensors").exists()
 
