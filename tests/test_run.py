@@ -92,14 +92,8 @@ def test_float32_that_is_asked_for_is_exact_on_a_gpu(tmp_path, dtype):
 # ---- the command line, with the tiny world in place of the toy -----------------------------------
 
 
-class World(tiny.World):
-    def evaluate(self, student, run, step):
-        torch.manual_seed(step)
-        return super().evaluate(student, run, step)
-
-
 def make_world(recipe, options, device):
-    return World(recipe, options.data)
+    return tiny.World(recipe, options.data)
 
 
 MODULE = types.SimpleNamespace(
@@ -417,7 +411,7 @@ def test_a_live_run_is_not_resumed_beside_itself(tmp_path, never_killed, capsys)
 def command_on_a_full_disk(out, name):
     """From this function on no file of more than so many bytes can be written."""
     limit = 1000 if name == "write_json" else 9000
-    owner = World if name == "finish" else ladd
+    owner = tiny.World if name == "finish" else ladd
     work = getattr(owner, name)
 
     def limited(*args, **options):

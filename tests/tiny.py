@@ -59,7 +59,6 @@ class World(ladd.World):
         self.cond = torch.stack([k, (6 * k).sin(), (9 * k).cos()], 1)
         self.seed = seed
         self.reads = []
-        self.evaluated = []
         self.collapse = []
 
     def head_cond(self, cond):
@@ -75,9 +74,9 @@ class World(ladd.World):
         return {"tiny": self.seed}
 
     def evaluate(self, student, run, step):
-        """An evaluation that draws from the global generator, as a careless one would."""
+        """An evaluation that changes the global generator, as a careless one would."""
+        torch.manual_seed(step)
         x = ladd.sample_euler(student, torch.randn(4, *SHAPE), [1, 0.5], self.cond[:4])
-        self.evaluated.append(step)
         return {"spread": float(x.std()), "score": float(x.std()), "collapse": self.collapse}
 
 
