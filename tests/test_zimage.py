@@ -26,7 +26,6 @@ from zimage import world as zworld
 from zimage.adapter import Prompts, ZImageVelocity
 
 FORKS.set_forkserver_preload(["test_zimage"])
-CPU = torch.device("cpu")
 BATCH = 12
 TINY = [
     *("--taps", "1,3", "--head-width", "16", "--batch", str(BATCH), "--dtype", "float32"),
@@ -37,7 +36,7 @@ PROMPTS = ["a red fox", "a harbour in the evening, with three boats and a lighth
 
 @pytest.fixture(scope="module")
 def pipe(model):
-    return adapter.load_pipeline(model, torch.float32, CPU)
+    return adapter.load_pipeline(model, torch.float32, tiny.CPU)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +97,7 @@ def make_world(model, data, sharded=False, dtype="float32", **changes):
     options |= {"teacher_sharded": sharded, "checkpointing": "both", "compile": False}
     options["grid_prompts"] = None
     recipe = dataclasses.replace(recipe, **changes)
-    return zworld.ZImageWorld(recipe, types.SimpleNamespace(**options), CPU)
+    return zworld.ZImageWorld(recipe, types.SimpleNamespace(**options), tiny.CPU)
 
 
 # ---- the adapter, against the pipeline ----------------------------------------------------------
@@ -111,7 +110,7 @@ def test_the_guided_teacher_is_the_stock_pipeline(model, data, pipe, w, h, wide)
     z, cond = make_batch(pipe, *prompts, h=h, w=wide)
     world = make_world(model, data, anchor_weight=1.0)
     world.data.about["guidance"] = w
-    pipe = adapter.load_pipeline(model, torch.float32, CPU)
+    pipe = adapter.load_pipeline(model, torch.float32, tiny.CPU)
     pipe.scheduler = type(pipe.scheduler)(shift=1.0)
     settings = {"height": 8 * h, "width": 8 * wide, "output_type": "latent"}
     settings |= {"guidance_scale": w - 1, "latents": z}
@@ -128,7 +127,7 @@ def test_the_guided_teacher_is_the_stock_pipeline(model, data, pipe, w, h, wide)
 @pytest.mark.parametrize("sharded", [False, True])
 def test_time_stays_float32_where_bfloat16_computes(model, sharded):
     seen, net = [], load(model, False)
-    net = fsdp.make_student(net, CPU, torch.bfloat16) if sharded else net.to(torch.bfloat16)
+    net = fsdp.make_student(net, tiny.CPU, torch.bfloat16) if sharded else net.to(torch.bfloat16)
     net.register_forward_pre_hook(lambda module, args: seen.append(args))
     cond = Prompts([torch.randn(5, 32)], torch.zeros(1, 3))
     with torch.no_grad():
@@ -164,7 +163,7 @@ def test_features_hold_image_tokens_alone_in_a_mixed_batch(model, data, pipe):
 def load(model, sharded):
     folder = model / "transformer"
     config = fsdp.ZImageTransformer2DModel.load_config(folder)
-    return fsdp.load_teacher(folder, config, torch.float32, CPU, sharded)
+    return fsdp.load_teacher(folder, config, torch.float32, tiny.CPU, sharded)
 
 
 def features_and_gradient(net, x, t, cond):
@@ -196,7 +195,7 @@ def test_features_bear_sharding_checkpointing_and_a_cut(model, pipe, sharded, ch
 @pytest.mark.parametrize("sharded", [False, True])
 def test_the_student_starts_with_the_teachers_weights_in_float32(model, pipe, sharded):
     teacher = load(model, sharded)
-    student = fsdp.make_student(teacher, CPU, torch.bfloat16)
+    student = fsdp.make_student(teacher, tiny.CPU, torch.bfloat16)
     whole = fsdp.gather(student, torch.float32)
     for (k, a), b in zip(whole.state_dict().items(), pipe.transformer.parameters(), strict=True):
         assert a.dtype == torch.float32 and torch.equal(a, b), k
@@ -209,7 +208,7 @@ def test_the_student_starts_with_the_teachers_weights_in_float32(model, pipe, sh
 @torch.no_grad()
 def test_a_sharded_student_samples_with_its_average_after_a_pass_without_gradient(model, pipe):
     """FSDP may keep gathered weights after such a pass; the average must not be lost on them."""
-    net = fsdp.make_student(load(model, False), CPU, torch.float32)
+    net = fsdp.make_student(load(model, False), tiny.CPU, torch.float32)
     velocity, ema = ZImageVelocity(net, torch.float32), ladd.EMA(net, 10.0, 0.1)
     (z, cond), t = make_batch(pipe, "a cat"), torch.ones(1)
     before, other = velocity(z, t, cond), tiny_zimage.transformer()
@@ -280,7 +279,7 @@ def test_compile_takes_every_block_of_student_and_teacher(model, data, monkeypat
 
     monkeypatch.setattr(torch, "compile", compiled)
     world.options.compile = True
-    state = ladd.State(world, world.recipe, CPU)
+    state = ladd.State(world, world.recipe, tiny.CPU)
     ladd.train_step(state, world, world.recipe, 1)
     assert len(made) == 2 * (2 + 2 + 4) and all(block.called for block in made)
 
@@ -413,7 +412,7 @@ TERMS = {  # name: (recipe, is the teacher sharded)
 
 def one_iteration(world):
     """The (heads' gradients, student's gradients) of an iteration, and its network calls."""
-    state = ladd.State(world, world.recipe, CPU)
+    state = ladd.State(world, world.recipe, tiny.CPU)
     calls, seen = [], tiny.record_grads(state)
 
     def note(net, args):
@@ -556,7 +555,7 @@ def test_every_part_reads_the_weights_that_from_pretrained_reads(model, tmp_path
         save_file(stale, folder / f"diffusion_pytorch_model{variant}.safetensors")
     found = [adapter.load_transformer(folder, torch.float32)]
     found += [adapter.load_pipeline(folder.parent, torch.float32, "cpu").transformer]
-    found += [fsdp.load_teacher(folder, net.config, torch.float32, CPU, False)]
+    found += [fsdp.load_teacher(folder, net.config, torch.float32, tiny.CPU, False)]
     for other in found:
         assert all(map(torch.equal, other.parameters(), found[0].parameters()))
 
@@ -618,7 +617,7 @@ def place(alone, model, tmp_path_factory):
 
 
 def stock(folder):
-    return adapter.load_pipeline(folder, torch.float32, CPU)
+    return adapter.load_pipeline(folder, torch.float32, tiny.CPU)
 
 
 @pytest.mark.parametrize("n, size", [(4, (32, 64)), (3, (32, 32)), (2, (64, 32)), (1, (48, 32))])
