@@ -129,6 +129,13 @@ def test_settings_are_valid_and_different_and_depart_as_they_say():
         assert {k: new for k, (_, new) in changed} == {**stated, **budget, "seed": 7}
 
 
+def test_the_paper_and_the_game_are_what_they_are_called():
+    own = ladd.diff(recipe_for(SETTINGS["paper"], {}, 0), ladd.Recipe())  # see test_method.py
+    assert {*own} & {*vars(ladd.Recipe())} == {"iterations", "warmup", "share_noise", "taps"}
+    game = world.RECIPES["ladd"]
+    assert game.distill_weight == game.paired_share == 0
+
+
 @pytest.fixture
 def argv(tmp_path, monkeypatch):
     """Options of a tiny benchmark, whose teacher has random weights."""

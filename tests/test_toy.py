@@ -26,7 +26,6 @@ import tiny
 from toy_mnist import judge as toy_judge
 from toy_mnist import report, teacher
 from toy_mnist import world as toy_world
-from toy_mnist.settings import SETTINGS, recipe_for
 from toy_mnist.data import ColorMNIST, colour, hue_to_rgb, image_hue, load_mnist
 from toy_mnist.edm import CUNet, EDMVelocity, sample_dpm, sample_heun, time_grid
 from toy_mnist.judge import WEIGHTS, Judge
@@ -446,15 +445,6 @@ def toy(weights, tmp_path):
         return toy_world.make_world(recipe, types.SimpleNamespace(**options), CPU)
 
     return make
-
-
-def test_recipes_have_the_papers_numbers():
-    game = toy_world.RECIPES["ladd"]
-    paper, numbers = recipe_for(SETTINGS["paper"], {}, 0), ladd.Recipe()  # see test_method.py
-    names = "times time_probs warmup_probs renoise_mean renoise_std loss adv_weight penalty_weight "
-    names += "misaligned_weight anchor_weight distill_weight paired_share"
-    assert all(getattr(paper, name) == getattr(numbers, name) for name in names.split())
-    assert not paper.share_noise and game.distill_weight == game.paired_share == 0
 
 
 def test_features_are_the_teachers_own_and_carry_gradients(toy):
