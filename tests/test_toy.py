@@ -31,7 +31,6 @@ from toy_mnist.edm import CUNet, EDMVelocity, sample_dpm, sample_heun, time_grid
 from toy_mnist.judge import WEIGHTS, Judge
 
 SD = 0.6  # a sigma_data unlike EDM's 0.5
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -283,7 +282,7 @@ def train(module, root, folder, *options):
 
 def test_teacher_training_learns_and_resumed_is_never_stopped(mnist_root, tmp_path, capsys):
     assert train(teacher, mnist_root, tmp_path) == 0
-    velocity, about = toy_world.load_teacher(tmp_path, CPU)
+    velocity, about = toy_world.load_teacher(tmp_path, tiny.CPU)
     blank = {"ema": [torch.zeros_like(p) for p in velocity.parameters()]}
     kept, _ = ladd.load_checkpoint(tmp_path / "run", blank)
     assert all(map(torch.equal, kept["ema"], velocity.parameters()))  # the average is saved
@@ -291,7 +290,7 @@ def test_teacher_training_learns_and_resumed_is_never_stopped(mnist_root, tmp_pa
     assert [path.name for path in checkpoints] == ["step-0000020", "step-0000040"]
     (checkpoints[1] / ".metadata").unlink()  # as a kill while it was written leaves it
     assert train(teacher, mnist_root, tmp_path) == 0
-    assert toy_world.load_teacher(tmp_path, CPU)[1]["sha256"] == about["sha256"]
+    assert toy_world.load_teacher(tmp_path, tiny.CPU)[1]["sha256"] == about["sha256"]
     assert "--steps 40 --batch 8" in about["command"]
     x0, label = ColorMNIST(*load_mnist(mnist_root)).batch(torch.arange(300), 0)
     assert velocity.sigma_data == pytest.approx(float(x0.std()), abs=1e-3)
@@ -408,7 +407,7 @@ def test_a_flipped_bit_and_a_cut_off_file_are_noticed(tmp_path, name):
     for damaged in (*flipped, whole[:-100], b""):
         path.write_bytes(damaged)
         with pytest.raises(ladd.UserError, match=f"{name}.safetensors"):
-            toy_world.load_teacher(tmp_path, CPU) if name == "teacher" else Judge(tmp_path)
+            toy_world.load_teacher(tmp_path, tiny.CPU) if name == "teacher" else Judge(tmp_path)
 
 
 # ---- the world
@@ -436,7 +435,7 @@ def toy(weights, tmp_path):
         options = {"judge_samples": 200, "gif": False, "dtype": dtype}
         options |= {"weights": weights, "out": tmp_path}
         recipe = dataclasses.replace(toy_world.TOY, **{**TINY, **changes})
-        return toy_world.make_world(recipe, types.SimpleNamespace(**options), CPU)
+        return toy_world.make_world(recipe, types.SimpleNamespace(**options), tiny.CPU)
 
     return make
 
