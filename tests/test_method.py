@@ -316,7 +316,7 @@ def make_heads(see_t=False):
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("see_t", [False, True])
 @torch.no_grad()
-def test_heads_give_a_float32_logit_per_patch_by_all_that_they_are_told(see_t, bf16):
+def test_heads_give_a_float32_logit_per_patch_by_all_that_they_are_told_alone(see_t, bf16):
     heads, maps, t_hat, cond, t = make_heads(see_t)
     heads.dtype = torch.bfloat16 if bf16 else torch.float32
     base = heads(maps, t_hat, cond, t)
@@ -325,15 +325,10 @@ def test_heads_give_a_float32_logit_per_patch_by_all_that_they_are_told(see_t, b
     assert all(map(torch.equal, base, heads(maps, t_hat, cond, t / 2))) != see_t
     for told in ((t_hat / 2, cond), (t_hat, -cond)):
         assert not any(map(torch.equal, base, heads(maps, *told, t)))
-
-
-def test_heads_are_independent_of_one_another_and_of_other_samples():
-    heads, maps, *told = make_heads(see_t=True)
-    maps = [m.requires_grad_() for m in maps]
-    for k, logits in enumerate(heads(maps, *told)):
-        grads = torch.autograd.grad(logits[1].sum(), maps, retain_graph=True, allow_unused=True)
-        assert [g is not None for g in grads] == [j == k for j in range(4)]
-        assert [float(g.abs().sum()) > 0 for g in grads[k]] == [False, True, False, False]
+    maps[2][1] += 1  # sample 1 of map 2: it moves that sample's logits by head 2 alone
+    pairs = zip(base, heads(maps, t_hat, cond, t), strict=True)
+    moved = torch.stack([(a != b).flatten(1).any(1) for a, b in pairs])
+    assert moved.nonzero().tolist() == [[2, 1]]
 
 
 @pytest.mark.parametrize("channels", [1, 5, 16])
