@@ -542,7 +542,6 @@ def step_and_see(state, world, recipe, i, losses=None):
 
 @pytest.mark.parametrize("gen_every", [1, 2, 3, 7, 8])
 def test_schedule_of_the_students_updates(world, gen_every):
-    """Never at iteration 0. On the heads' iterations nothing of the student moves."""
     recipe = tiny.make_recipe(gen_every=gen_every, batch=4, ema_half_life=1e-3)
     state = tiny.make_state(world, recipe)
     for i in range(7):
