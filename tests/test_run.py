@@ -486,12 +486,10 @@ def how_it_ends(run, world=None, **options):
 
 def trouble(rank, folder):
     """Trouble on rank 1 alone: what becomes of it on this rank."""
-    found = {}
-    recipe = tiny.make_recipe(**FIELDS)
-    world = tiny.World(recipe)
-    state = tiny.make_state(world, recipe)
-    steps = tiny.run_steps(state, world, recipe, range(4), losses=tiny.not_finite({2}, 0, 1))
-    found["skipped"] = [metrics["skipped"] for metrics in steps]
+    world = tiny.World(RECIPE)
+    state = tiny.make_state(world, RECIPE)
+    steps = tiny.run_steps(state, world, RECIPE, range(4), losses=tiny.not_finite({2}, 0, 1))
+    found = {"skipped": [metrics["skipped"] for metrics in steps]}
     found["finite"] = all(v.isfinite().all() for v in tiny.everything(state).values())
     found["diverged"] = how_it_ends(folder / "diverged", losses=tiny.not_finite({3, 4, 5}, 0, 1))
     world = tiny.World(RECIPE)
