@@ -271,11 +271,10 @@ def test_a_stopped_job_ends_with_one_line_and_130(tmp_path, never_killed, place,
 # ---- what else must not change a run, or must not be changed -------------------------------------
 
 
-@pytest.mark.parametrize(
-    "options", [{"evaluate_every": 1}, {"checkpoint_every": 1}, {"log_every": 4}], ids=str
-)
-def test_evaluation_checkpoints_and_log_do_not_change_the_run(tmp_path, whole, options):
-    assert tiny.same(tiny.everything(train(tmp_path / "run", **options)), whole[1])
+@pytest.mark.parametrize("name, every", [("evaluate", 1), ("checkpoint", 1), ("log", 4)])
+def test_evaluation_checkpoints_and_log_do_not_change_the_run(tmp_path, whole, name, every):
+    state = train(tmp_path / "run", **{f"{name}_every": every})
+    assert tiny.same(tiny.everything(state), whole[1])
 
 
 def test_the_averaged_student_is_evaluated_and_the_best_is_kept(tmp_path):
@@ -492,7 +491,6 @@ def trouble(rank, folder):
     found = {"skipped": [metrics["skipped"] for metrics in steps]}
     found["finite"] = all(v.isfinite().all() for v in tiny.everything(state).values())
     found["diverged"] = how_it_ends(folder / "diverged", losses=tiny.not_finite({3, 4, 5}, 0, 1))
-    world = tiny.World(RECIPE)
     world.collapse = ["all alike"] * rank
     options = {"evaluate_every": 3, "stop_on_collapse": True}
     found["collapsed"] = how_it_ends(folder / "collapsed", world, **options)
