@@ -151,7 +151,7 @@ def argv(tmp_path, monkeypatch):
 
 def bench(argv, *more):
     """The exit code, and the lines so far."""
-    code = ladd.run_command_line(benchmark.main, [*argv, *more])
+    code = tiny.start(benchmark.main, *argv, *more)
     return code, tables.read_lines(benchmark.parse(argv).results)
 
 
@@ -272,6 +272,6 @@ def test_tables_and_picture_hold_the_numbers_of_the_lines_alone(tmp_path):
 
 
 def test_what_the_repository_reports_is_what_its_results_give(tmp_path):
-    assert ladd.run_command_line(benchmark.main, ["--report", "--docs", str(tmp_path)]) == 0
+    assert tiny.start(benchmark.main, "--report", "--docs", tmp_path) == 0
     drawn, shipped = tmp_path / "benchmark.md", benchmark.HERE.parent / "docs" / "benchmark.md"
     assert drawn.read_text() == shipped.read_text(), "draw it again by --report"

@@ -277,7 +277,7 @@ def train(module, root, folder, *options):
     if module is teacher:
         given += ["--steps", 40, "--batch", 8, "--width", 8, "--lr", 0.05]
         given += ["--run", folder / "run", "--checkpoint-every", 20]
-    return ladd.run_command_line(module.main, [*map(str, given), *options])
+    return tiny.start(module.main, *given, *options)
 
 
 def test_teacher_training_learns_and_resumed_is_never_stopped(mnist_root, tmp_path, capsys):

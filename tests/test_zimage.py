@@ -47,8 +47,7 @@ def data(model, tmp_path_factory):
     (folder / "prompts.txt").write_text("".join(lines))
     argv = ["--model", model, "--prompts", folder / "prompts.txt", "--out", folder / "made"]
     argv += ["--resolution", "64,96x64", "--steps", 3, "--guidance", 3, "--shard-size", 4]
-    argv += ["--dtype", "float32", "--device", "cpu"]
-    assert ladd.run_command_line(precompute.main, list(map(str, argv))) == 0
+    assert tiny.start(precompute.main, *argv, "--dtype", "float32", "--device", "cpu") == 0
     return folder / "made"
 
 
@@ -610,9 +609,8 @@ def place(alone, model, tmp_path_factory):
     shutil.rmtree(run / "student")
     tiny_zimage.transformer(seed=5).save_pretrained(run / "student")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    argv = [str(run), "--out", str(folder / "exported"), "--dtype", "float32"]
-    assert ladd.run_command_line(export.main, argv) == 0
     exported, prompts = folder / "exported", folder / "prompts.txt"
+    assert tiny.start(export.main, run, "--out", exported, "--dtype", "float32") == 0
     return types.SimpleNamespace(run=run, base=model, exported=exported, prompts=prompts)
 
 
@@ -675,25 +673,22 @@ def test_the_picture_shows_prompts_by_ways(place, capsys, monkeypatch):
     monkeypatch.setattr(sample, "draw_grid", lambda path, columns, texts: shown.append(columns))
     argv = [place.run, "--prompts", place.prompts, "--count", 3, "--steps", "4,1", "--seed", 3]
     argv += ["--teacher-steps", 2, "--resolution", "48x32", "--batch", 2, "--dtype", "float32"]
-    argv = [*map(str, argv), "--device=cpu"]
-    assert ladd.run_command_line(sample.main, argv) == 0
+    assert tiny.start(sample.main, *argv, "--device=cpu") == 0
     ways = {title.split("\n")[0]: images for title, images in shown[0].items()}
     assert list(ways) == ["teacher@2", "student@4", "student@1", "untrained@4", "untrained@1"]
     assert len({image.tobytes() for images in ways.values() for image in images}) == 15
-    code = ladd.run_command_line(sample.main, [*argv, "--guidance=0"])
-    tiny.refused(capsys, code, "--guidance 0.0")
+    tiny.refused(capsys, tiny.start(sample.main, *argv, "--guidance=0"), "--guidance 0.0")
 
 
 def test_a_run_that_cannot_be_exported_is_refused(place, tmp_path, capsys):
     run = Path(shutil.copytree(place.run, tmp_path / "run"))
-    argv = [str(run), "--out", str(place.exported)]
-    tiny.refused(capsys, ladd.run_command_line(export.main, argv), "not an empty folder")
+    code = tiny.start(export.main, run, "--out", place.exported)
+    tiny.refused(capsys, code, "not an empty folder")
     for spoil, says in (
         (lambda: shutil.rmtree(run / "student"), "no student/ yet"),
         (lambda: tiny_zimage.rewrite(run / "config.json", recipe={"samples": 3}), "'samples'"),
         (lambda: (run / "config.json").write_text("{"), "config.json: holds no recipe"),
     ):
         spoil()
-        argv = [str(run), "--out", str(tmp_path / "out")]
-        tiny.refused(capsys, ladd.run_command_line(export.main, argv), says)
+        tiny.refused(capsys, tiny.start(export.main, run, "--out", tmp_path / "out"), says)
         assert not (tmp_path / "out").exists()

@@ -4,7 +4,6 @@ import random
 import re
 import tomllib
 
-import ladd
 import tiny
 from zimage import curate, data
 
@@ -80,13 +79,13 @@ def test_files_of_every_kind_become_one(tmp_path, capsys):
     (tmp_path / "b.jsonl").write_text("\n".join(rows))
     (tmp_path / "c.csv").write_text('id,prompt\n1,"A red, red\nrose."\n2,A fox\n3\n')
     (tmp_path / "d.tsv").write_text("text\tid\nA dog.\t1\n")
-    files = [str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.csv", "d.tsv")]
-    argv = [*files, "--out", str(tmp_path / "out.txt")]
-    assert ladd.run_command_line(curate.main, argv) == 0
+    files = [tmp_path / name for name in ("a.txt", "b.jsonl", "c.csv", "d.tsv")]
+    assert tiny.start(curate.main, *files, "--out", tmp_path / "out.txt") == 0
     wanted = ["A fox.", "An owl.", "A hen.", "A cat.", "A red, red rose.", "A dog."]
     assert data.read_prompts(tmp_path / "out.txt") == wanted
     report = (tmp_path / "out.dropped.tsv").read_text(encoding="utf-8")
     assert f"{files[0]}:4\tmuch the same as {files[0]}:1\tA fox." in report
     assert f"{files[1]}:2\tno prompt" in report and "\\ud800" in report
     assert "2 dropped: no prompt" in capsys.readouterr().out
-    tiny.refused(capsys, ladd.run_command_line(curate.main, argv), "does not exist yet")
+    code = tiny.start(curate.main, *files, "--out", tmp_path / "out.txt")
+    tiny.refused(capsys, code, "does not exist yet")

@@ -63,13 +63,12 @@ def copy(place, tmp_path):
 
 
 def arguments(place, out, *options):
-    given = ["--model", place.model, "--prompts", place.prompts, "--out", out, *TINY, *options]
-    return [*map(str, given)]
+    """The tiny settings of precompute; options come last and so win."""
+    return ["--model", place.model, "--prompts", place.prompts, "--out", out, *TINY, *options]
 
 
 def run(place, out, *options):
-    """precompute with the tiny settings; options come last and so win."""
-    return ladd.run_command_line(precompute.main, arguments(place, out, *options))
+    return tiny.start(precompute.main, *arguments(place, out, *options))
 
 
 def contents(folder):
@@ -348,8 +347,8 @@ def make_run(folder, place):
 
 
 def judge(run, *options, features=net):
-    argv = [run, "--prompts", run / "prompts.txt", *SMALL, *options]
-    return ladd.run_command_line(lambda a: evaluate.main(a, features), [*map(str, argv)])
+    words = [run, "--prompts", run / "prompts.txt", *SMALL, *options]
+    return tiny.start(lambda argv: evaluate.main(argv, features), *words)
 
 
 @pytest.fixture(scope="module")

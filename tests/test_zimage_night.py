@@ -15,6 +15,7 @@ from PIL import Image
 import ladd
 import tiny_zimage
 from processes import FORKS
+from tiny import start
 from zimage import evaluate, plan, precompute, rehearse, sweep
 
 TINY = "--taps 1,3 --head-width 16 --batch 4 --device cpu --dtype float32 --lr-warmup 0".split()
@@ -25,10 +26,6 @@ JUDGE = "--resolution 32 --teacher-steps 2 --device cpu --dtype float32"
 def no_inception(monkeypatch):
     offline = Mock(side_effect=ladd.UserError("--features: no network"))
     monkeypatch.setattr(evaluate, "inception", offline)
-
-
-def start(main, *words):
-    return ladd.run_command_line(main, [*map(str, words)])
 
 
 # ---- the rehearsal -------------------------------------------------------------------------------

@@ -172,6 +172,11 @@ def refused(capsys, code, *words):
     one_line(error, *words)
 
 
+def start(main, *words):
+    """The exit code of a command."""
+    return ladd.run_command_line(main, [*map(str, words)])
+
+
 def log_of(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
