@@ -41,8 +41,8 @@ def tokenizer():
     return made
 
 
-def pipeline(seed=0, shift=6.0):
-    """The whole pipeline, with the base model's scheduler shift."""
+def save(folder, seed=0):
+    """A whole pipeline, with the base model's scheduler shift, as a folder; returns the folder."""
     model = transformer(seed)
     torch.manual_seed(seed + 1)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
@@ -54,13 +54,8 @@ def pipeline(seed=0, shift=6.0):
     sizes |= {"up_block_types": ("UpDecoderBlock2D",) * 4, "use_quant_conv": False}
     sizes |= {"scaling_factor": 0.3611, "shift_factor": 0.1159, "use_post_quant_conv": False}
     vae = AutoencoderKL(**sizes).eval()
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    return ZImagePipeline(scheduler, vae, encoder, tokenizer(), model)
-
-
-def save(folder, seed=0, shift=6.0):
-    """The pipeline as a folder that `ZImagePipeline.from_pretrained` reads; returns the folder."""
-    pipeline(seed, shift).save_pretrained(folder)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
+    ZImagePipeline(scheduler, vae, encoder, tokenizer(), model).save_pretrained(folder)
     return folder
 
 
