@@ -42,18 +42,14 @@ def net(x):
 
 @pytest.fixture(scope="module")
 def place(model, tmp_path_factory):
-    """model, clip, prompts.txt, and made: the data made of them by one process."""
+    """model, clip, prompts.txt; made: the data made of them by one process; latents: its reader."""
     folder = tmp_path_factory.mktemp("data")
     place = SimpleNamespace(model=model, prompts=folder / "prompts.txt", made=folder / "made")
     place.prompts.write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
     place.clip = tiny_zimage.save_clip(folder / "clip")
     assert run(place, place.made, "--clip", place.clip) == 0
+    place.latents = data.Latents(place.made)
     return place
-
-
-@pytest.fixture(scope="module")
-def latents(place):
-    return data.Latents(place.made)
 
 
 @pytest.fixture
@@ -103,8 +99,8 @@ def test_bad_prompts_are_refused_by_file_and_line(tmp_path, name):
         data.read_prompts(tmp_path / name)
 
 
-def test_an_over_long_prompt_is_refused_with_its_count(place, latents, tmp_path, capsys):
-    room = adapter.MAX_TOKENS - latents.lengths[PROMPTS.index("tea")] + len("tea")
+def test_an_over_long_prompt_is_refused_with_its_count(place, tmp_path, capsys):
+    room = adapter.MAX_TOKENS - place.latents.lengths[PROMPTS.index("tea")] + len("tea")
     file = tmp_path / "p.txt"
     file.write_text("a\n" + "x" * (room + 1))  # a token a character
     says = "'xxxxx", "513 tokens with the chat template, but the model reads 512"
@@ -123,11 +119,11 @@ def stock(place, indices, size, w, seed=0, dtype=torch.float32):
     return pipe(prompts, num_inference_steps=3, output_type="latent", **call).images
 
 
-def test_samples_equal_the_stock_pipeline_with_guidance(place, latents):
-    assert sorted(set(latents.sizes)) == [(6, 4), (8, 8)]  # 32x48 is width x height
-    for size in set(latents.sizes):
-        own = [i for i in range(len(latents)) if latents.sizes[i] == size]
-        x0, _, noise = latents.get(own)
+def test_samples_equal_the_stock_pipeline_with_guidance(place):
+    assert sorted(set(place.latents.sizes)) == [(6, 4), (8, 8)]  # 32x48 is width x height
+    for size in set(place.latents.sizes):
+        own = [i for i in range(len(place.latents)) if place.latents.sizes[i] == size]
+        x0, _, noise = place.latents.get(own)
         assert torch.equal(noise[1], adapter.noise_for(0, own[1], *size)) and x0.std() > 0.1
         torch.testing.assert_close(x0, stock(place, own, size, w=5), rtol=2e-3, atol=2e-3)
 
@@ -142,16 +138,16 @@ def test_samples_without_guidance_by_another_seed(place, tmp_path, dtype, tolera
     torch.testing.assert_close(x0, theirs, rtol=tolerance, atol=tolerance)
 
 
-def test_captions_and_vectors_are_the_encoders_own(place, latents):
+def test_captions_and_vectors_are_the_encoders_own(place):
     pipe = ZImagePipeline.from_pretrained(place.model, dtype=torch.float32)
     captions, _ = pipe.encode_prompt(list(PROMPTS), do_classifier_free_guidance=False)
     clip = data.Latents(place.made, vector="clip")
-    assert latents.about["vectors"] == {"qwen": 32, "clip": 24}
-    assert latents.lengths == [len(c) for c in captions]
+    assert place.latents.about["vectors"] == {"qwen": 32, "clip": 24}
+    assert place.latents.lengths == [len(c) for c in captions]
     net = CLIPTextModelWithProjection.from_pretrained(place.clip)
     tokenizer = CLIPTokenizer.from_pretrained(place.clip)
     for i in (0, 8):
-        _, cond, _ = latents.get([i])
+        _, cond, _ = place.latents.get([i])
         assert cond.captions[0].dtype == torch.bfloat16
         torch.testing.assert_close(cond.captions[0].float(), captions[i], rtol=1e-2, atol=1e-2)
         torch.testing.assert_close(cond.vector[0], captions[i].mean(0), rtol=1e-4, atol=1e-5)
@@ -290,14 +286,14 @@ def test_prompts_are_indexed_as_a_tensor_is():
     assert len(prompts[rows].to("meta")) == 3 and prompts.to("meta").vector.device.type == "meta"
 
 
-def test_read_is_a_window_on_the_joint_batches(latents):
-    whole = [latents.read(4 * b, 4, 4, seed=3) for b in range(8)]
+def test_read_is_a_window_on_the_joint_batches(place):
+    whole = [place.latents.read(4 * b, 4, 4, seed=3) for b in range(8)]
     for b in (5, 0, 7, 2):  # in any order: the reader has no state
-        x0, cond, noise = latents.read(4 * b + 1, 2, 4, seed=3)
+        x0, cond, noise = place.latents.read(4 * b + 1, 2, 4, seed=3)
         assert torch.equal(x0, whole[b][0][1:3]) and torch.equal(noise, whole[b][2][1:3])
         assert torch.equal(cond.vector, whole[b][1].vector[1:3])
-    assert torch.equal(data.Latents(latents.folder).read(28, 4, 4, seed=3)[0], whole[7][0])
-    assert len(latents.read(0, 16, 16, seed=3)[0]) == 16  # more than a size has samples
+    assert torch.equal(data.Latents(place.made).read(28, 4, 4, seed=3)[0], whole[7][0])
+    assert len(place.latents.read(0, 16, 16, seed=3)[0]) == 16  # more than a size has samples
 
 
 @pytest.mark.parametrize("batch", [1, 4, 16])
@@ -325,10 +321,10 @@ def test_every_epoch_shows_every_sample_in_batches_of_one_size(batch):
         assert len({frozenset(map(frozenset, batches)) for batches in epochs}) == 2
 
 
-def test_the_last_samples_are_held_out(latents):
+def test_the_last_samples_are_held_out(place):
     counts = {10_000: 64, 640: 64, 639: 63, 40: 4, 11: 3}
     assert {n: data.count_held_out(n) for n in counts} == counts
-    assert sorted(sum(latents.held_out_batches(2), [])) == [8, 9, 10]
+    assert sorted(sum(place.latents.held_out_batches(2), [])) == [8, 9, 10]
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
