@@ -248,9 +248,8 @@ def test_the_whole_job(alone, pipe):
     for name, shape in {"0000004": (4 * 300, 7 * 300), "0000004-own": (3 * 300, 2 * 300)}.items():
         with Image.open(alone / "samples" / f"{name}.png") as picture:
             assert picture.size == shape and len(picture.getcolors(2**24)) > 1000
-    config = json.loads((alone / "config.json").read_text())
-    assert config["recipe"]["taps"] == ["1", "3"] and config["diff"]["batch"] == [32, BATCH]
-    assert config["data"]["latents.guidance"] == 3 and config["data"]["latents.steps"] == 3
+    of = json.loads((alone / "config.json").read_text())["data"]
+    assert of["latents.guidance"] == 3 and of["latents.steps"] == 3
 
 
 def test_bfloat16_computes_and_float32_learns(model, data, tmp_path):
