@@ -23,9 +23,7 @@ from torch import nn
 
 import ladd
 import tiny
-from toy_mnist import judge as toy_judge
-from toy_mnist import report, teacher
-from toy_mnist import world as toy_world
+from toy_mnist import judge as toy_judge, report, teacher, world as toy_world
 from toy_mnist.data import ColorMNIST, colour, hue_to_rgb, image_hue, load_mnist
 from toy_mnist.edm import CUNet, EDMVelocity, sample_dpm, sample_heun, time_grid
 from toy_mnist.judge import WEIGHTS, Judge

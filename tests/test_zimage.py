@@ -16,13 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.utils._pytree import tree_flatten_with_path
 
+import ladd
 import tiny
 import tiny_zimage
-
-import ladd
 from processes import FORKS, on_ranks
-from zimage import adapter, export, fsdp, lora, plan, precompute, sample
-from zimage import world as zworld
+from zimage import adapter, export, fsdp, lora, plan, precompute, sample, world as zworld
 from zimage.adapter import Prompts, ZImageVelocity
 
 FORKS.set_forkserver_preload(["test_zimage"])
@@ -104,7 +102,6 @@ def make_world(model, data, sharded=False, dtype="float32", **changes):
 
 @pytest.mark.parametrize("w, h, wide", [(1, 8, 8), (5, 8, 12), (2.5, 12, 8)])
 def test_the_guided_teacher_is_the_stock_pipeline(model, data, pipe, w, h, wide):
-    """From noise, and from a sample half way down."""
     prompts = ["a cat", "a long sentence about a dog and its dish, and what lay in it"]
     z, cond = make_batch(pipe, *prompts, h=h, w=wide)
     world = make_world(model, data, anchor_weight=1.0)
