@@ -642,7 +642,6 @@ def test_sample_draws_a_grid_of_the_finished_run(job, weights, toy, tmp_path, ca
 
 BAD_JOB = {
     "--judge-samples 10": ["--judge-samples", "200"],
-    "--taps enc.9": ["enc.9"],
     "--weights /nowhere": ["/nowhere/teacher.safetensors"],
     "--real data --data-root /nowhere": ["MNIST is not in /nowhere", "--data-root DIR"],
     "--sample --name absent": ["absent holds no finished student"],
