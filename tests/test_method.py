@@ -585,12 +585,9 @@ def test_tiny_steps_are_not_lost_to_rounding(world, lr, beta1):
     state = tiny.make_state(world, recipe)
     seen, before = tiny.record_grads(state)["student"], tiny.weights(state.student)
     tiny.run_steps(state, world, recipe, range(5))  # iteration 0 is the heads' alone
-    after, gradients = tiny.weights(state.student), [flat(step) for step in seen]
-    loud = gradients[0].abs() > 1e-3 * gradients[0].abs().max()
-    assert len(seen) == 4 and loud.float().mean() > 0.5
-    assert (after != before)[loud].float().mean() >= 0.99
-    want = own_adamw(before, gradients, lr, beta1, 0.99)
-    assert_close(after.double(), want, rtol=0, atol=3e-7)
+    want = own_adamw(before, [flat(step) for step in seen], lr, beta1, 0.99)
+    assert_close(tiny.weights(state.student).double(), want, rtol=0, atol=3e-7)
+    assert len(seen) == 4 and float((want - before).abs().median()) > lr
 
 
 def test_each_network_is_clipped_by_its_own_norm(world):
