@@ -182,9 +182,6 @@ def test_the_readme_is_short():
     assert len(lines) <= 200 and max(map(len, lines)) <= 120 and len(README.encode()) <= 14 * 1024
 
 
-# ---- the code -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("words", [["format", "--check"], ["check"]], ids=" ".join)
 def test_ruff_is_content(words):
     command = [sys.executable, "-m", "ruff", *words, "--no-cache", "."]

@@ -89,9 +89,7 @@ def test_float32_that_is_asked_for_is_exact_on_a_gpu(tmp_path, dtype):
     assert found == [dtype == "bfloat16"] * 2
 
 
-# ---- the command line, with the tiny world in place of the toy -----------------------------------
-
-
+# The command line, with the tiny world in place of the toy:
 def make_world(recipe, options, device):
     return tiny.World(recipe, options.data)
 
@@ -132,9 +130,6 @@ def assert_same_run(run, other):
     configs = [json.loads((r / "config.json").read_text()) for r in (run, other)]
     assert configs[0]["recipe"] == configs[1]["recipe"]
     assert not list(run.rglob("*.part"))  # what a killed process has left goes at the next start
-
-
-# ---- killed and resumed = never killed -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("iteration", [0, 1, 3, 5])
@@ -264,9 +259,6 @@ def test_a_stopped_job_ends_with_one_line_and_130(tmp_path, never_killed, place,
     assert_same_run(tmp_path / "run", never_killed)
 
 
-# ---- what else must not change a run, or must not be changed -------------------------------------
-
-
 @pytest.mark.parametrize("name, every", [("evaluate", 1), ("checkpoint", 1), ("log", 4)])
 def test_evaluation_checkpoints_and_log_do_not_change_the_run(tmp_path, whole, name, every):
     state = train(tmp_path / "run", **{f"{name}_every": every})
@@ -344,9 +336,6 @@ def test_collapse_is_called_out_and_ends_the_run_when_asked(tmp_path, capsys):
     assert max(ladd.checkpoints(tmp_path / "ended")) == 3
 
 
-# ---- one run, one process ------------------------------------------------------------------------
-
-
 def test_a_run_that_exists_is_refused_or_resumed_under_the_same_recipe_and_data(tmp_path, whole):
     run = tmp_path / "run"
     shutil.copytree(whole[0], run)
@@ -400,9 +389,6 @@ def test_a_live_run_is_not_resumed_beside_itself(tmp_path, never_killed, capsys)
     assert_same_run(tmp_path / "run", never_killed)
 
 
-# ---- a full disk ---------------------------------------------------------------------------------
-
-
 def command_on_a_full_disk(out, name):
     """From this function on no file of more than so many bytes can be written."""
     limit = 1000 if name == "write_json" else 9000
@@ -436,8 +422,6 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
         raise OSError
     assert [*tmp_path.iterdir()] == [path] and path.read_text() == "old"
 
-
-# ---- ranks ---------------------------------------------------------------------------------------
 
 FULL = {**ladd.GAME, **ladd.TARGETS, "distill_own": False}
 FULL |= {"iterations": 6, "batch": 12, "share_noise": False, "clip": 1e9}
@@ -534,9 +518,6 @@ def test_a_run_goes_from_2_ranks_to_1_and_to_3(tmp_path):
             assert line[name] == pytest.approx(other[name], rel=1e-3), name
 
 
-# ---- worlds of one's own -------------------------------------------------------------------------
-
-
 def a_cell(folder):
     """A run in a thread, beside the caller's own signal handlers and pictures."""
     import matplotlib
@@ -564,8 +545,6 @@ def test_a_refusal_leaves_a_folder_of_other_things_as_it_was(tmp_path):
         train(tmp_path, world, recipe)
     assert {path.name for path in tmp_path.iterdir()} - {".lock"} == {"mine"}
 
-
-# ---- the command line ----------------------------------------------------------------------------
 
 BAD = {
     "unknown option": ("--nonsense=1", "--nonsense"),

@@ -66,9 +66,6 @@ def close(a, b, tolerance=1e-8):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-# ---- EDM's preconditioning
-
-
 def test_the_untrained_student_is_edms_denoiser_at_every_noise_level(float64):
     net = random_net()
     student = ladd.World(EDMVelocity(net, SD), None).make_student().eval().requires_grad_(False)
@@ -111,9 +108,6 @@ def test_the_network_computes_in_the_dtype_that_is_asked_for(dtype):
         v = velocity(x_t, torch.full((2,), t), label)
         assert v.dtype == torch.float32 and v.isfinite().all()
     assert computed == [dtype] * 3
-
-
-# ---- samplers
 
 
 def edm_sigmas(n):
@@ -170,9 +164,6 @@ def test_dpm_solver_is_diffusers_own_run_of_a_preconditioned_network(float64, n)
     velocity = tiny.Recorder(EDMVelocity(net, SD))
     close(sample_dpm(velocity, noise, n, label), x, 1e-4)
     assert len(velocity.times()) == n and x.std() > 0.1
-
-
-# ---- data
 
 
 def grey_digits(n, seed=0):
@@ -240,9 +231,6 @@ def test_mnist_is_found_by_either_name_and_missed_in_one_line(mnist_root, tmp_pa
         assert "\n" not in str(error.value) and str(root or "data") in str(error.value)
 
 
-# ---- the teacher's training
-
-
 def test_edm_loss_is_the_weighted_denoising_error(float64):
     net, (eps, label) = random_net(), noise_and_label(5)
     x0 = 0.5 * torch.randn(5, 3, 28, 28)
@@ -301,9 +289,6 @@ def test_teacher_training_learns_and_resumed_is_never_stopped(mnist_root, tmp_pa
     capsys.readouterr()
     code = train(teacher, mnist_root, tmp_path, "--lr", "0.1")
     tiny.refused(capsys, code, "--run", "lr", "0.1")
-
-
-# ---- the judge
 
 
 def test_frechet_of_correlated_samples_by_eigenvalues():
@@ -391,9 +376,6 @@ def test_real_mnist_is_judged_as_the_shipped_figures_say(judge):
     assert judge(x, label, curve=True)["fid"] == pytest.approx(judge.curve_floor, rel=1e-2)
 
 
-# ---- the shipped weights
-
-
 @pytest.mark.parametrize("name", ["teacher", "judge", "reference"])
 def test_a_flipped_bit_and_a_cut_off_file_are_noticed(tmp_path, name):
     shutil.copytree(WEIGHTS, tmp_path, dirs_exist_ok=True)
@@ -407,8 +389,6 @@ def test_a_flipped_bit_and_a_cut_off_file_are_noticed(tmp_path, name):
         with pytest.raises(ladd.UserError, match=f"{name}.safetensors"):
             toy_world.load_teacher(tmp_path, tiny.CPU) if name == "teacher" else Judge(tmp_path)
 
-
-# ---- the world
 
 TINY = {"iterations": 4, "batch": 4, "samples": 20, "teacher_steps": 3, "head_width": 8}
 TINY |= {"warmup": 1, "lr_warmup": 1, "guidance_low": 0.0, "guidance_high": 1.0}
@@ -544,9 +524,6 @@ def test_signs_of_collapse(toy, tmp_path, monkeypatch, accuracy, entropy, signs)
     world = toy()
     metrics = world.evaluate(world.teacher, tmp_path, 8)
     assert [sign.split()[0] for sign in metrics["collapse"]] == signs
-
-
-# ---- a job
 
 
 def command(out, *options, weights):

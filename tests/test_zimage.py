@@ -97,9 +97,6 @@ def make_world(model, data, sharded=False, dtype="float32", **changes):
     return zworld.ZImageWorld(recipe, types.SimpleNamespace(**options), tiny.CPU)
 
 
-# ---- the adapter, against the pipeline ----------------------------------------------------------
-
-
 @pytest.mark.parametrize("w, h, wide", [(1, 8, 8), (5, 8, 12), (2.5, 12, 8)])
 def test_the_guided_teacher_is_the_stock_pipeline(model, data, pipe, w, h, wide):
     prompts = ["a cat", "a long sentence about a dog and its dish, and what lay in it"]
@@ -151,9 +148,6 @@ def test_features_hold_image_tokens_alone_in_a_mixed_batch(model, data, pipe):
     shifted[..., :2, 2:4] += 10  # the second token's pixels move the second place of the map most
     change = (world.features(shifted, t, cond)[1] - together).abs().sum(1)
     assert (change.flatten(1).argmax(1) == 1).all()
-
-
-# ---- building and sharding ----------------------------------------------------------------------
 
 
 def load(model, sharded):
@@ -214,9 +208,6 @@ def test_a_sharded_student_samples_with_its_average_after_a_pass_without_gradien
     torch.testing.assert_close(velocity(z, t, cond), ZImageVelocity(other)(z, t, cond))
     ema.swap(net)
     assert torch.equal(velocity(z, t, cond), before)
-
-
-# ---- the job ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -298,8 +289,6 @@ def test_signs_of_collapse_are_named(model, data, tmp_path):
     assert metrics["feature_kid"] > 2 * healthy["feature_kid"]
     assert metrics["score"] == metrics["feature_kid"] and metrics["score_error"] > 0
 
-
-# ---- LoRA ---------------------------------------------------------------------------------------
 
 LORA = ["--lora-rank", 4, "--student-lr", "3e-4", "--head-lr", "1e-3", "--gen-every", 1]
 
@@ -386,8 +375,6 @@ def test_a_lora_run_ends_in_a_whole_student_and_in_a_lora_with_its_card(adapted,
     untrained = ladd.sample_student(ZImageVelocity(pipe.transformer), zworld.ZIMAGE, z, cond, 4)
     assert (untrained - want).abs().max() > 0.01
 
-
-# ---- ranks --------------------------------------------------------------------------------------
 
 EVEN = {"time_probs": (0.4, 0.2, 0.2, 0.2), "warmup": 0, "gen_every": 1, "batch": 12}
 EVEN["head_lr"] = 0.0  # else AdamW's first step, of the gradient's sign, enlarges rounding
@@ -504,9 +491,6 @@ def test_two_ranks_then_one_then_three_train_as_one_does(together, alone):
     assert distance(*moved) < 0.7 and max(float(m.abs().max()) for m in moved[1]) > 1e-6
 
 
-# ---- bad input: one line, exit code 2, before any weight is loaded, and no run's folder ----------
-
-
 def weights(model, part="transformer"):
     return next((model / part).glob("*.safetensors"))
 
@@ -522,6 +506,7 @@ BAD_OPTIONS = [
 
 
 def refused(capsys, out, argv, says):
+    """One line, exit code 2, before any weight is loaded, and no run's folder."""
     tiny.refused(capsys, ladd.main(argv), says)
     assert not list(out.glob("*/*")), "half a run's folder"
 
@@ -592,9 +577,6 @@ def test_too_little_memory_is_refused(changes, sharded, ranks, memory, disk, cap
         world.check_memory(*arguments)
     said = capsys.readouterr().out
     assert "6.15B weights" in said and f"{disk / 1e9:.1f} GB of disk for a checkpoint" in said
-
-
-# ---- export and pictures ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

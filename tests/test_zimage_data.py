@@ -71,9 +71,6 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-# ---- prompts -------------------------------------------------------------------------------------
-
-
 def test_the_shipped_prompts_are_disjoint():
     files = [ROOT / "zimage" / "prompts" / f"{name}.txt" for name in ("train", "heldout")]
     train, heldout = map(data.read_prompts, files)
@@ -105,9 +102,6 @@ def test_an_over_long_prompt_is_refused_with_its_count(place, tmp_path, capsys):
     file.write_text("a\n" + "x" * (room + 1))  # a token a character
     says = "'xxxxx", "513 tokens with the chat template, but the model reads 512"
     tiny.refused(capsys, run(place, tmp_path / "out", "--prompts", file), *says)
-
-
-# ---- what is made --------------------------------------------------------------------------------
 
 
 def stock(place, indices, size, w, seed=0, dtype=torch.float32):
@@ -154,9 +148,6 @@ def test_captions_and_vectors_are_the_encoders_own(place):
         tokens = tokenizer(PROMPTS[i], return_tensors="pt", truncation=True, max_length=77)
         pooled = net(**tokens).text_embeds.detach()
         torch.testing.assert_close(clip.get([i])[1].vector, pooled, rtol=1e-4, atol=1e-5)
-
-
-# ---- restarts and ranks --------------------------------------------------------------------------
 
 
 def test_a_restart_makes_what_is_missing_or_cut_off_alike_and_nothing_else(place, copy, capsys):
@@ -229,8 +220,6 @@ def test_the_model_may_move_but_not_change(place, copy, tmp_path, capsys):
     assert run(place, copy, *options, moved) == 0 and contents(copy) == before
 
 
-# ---- refusals ------------------------------------------------------------------------------------
-
 WRONG = {
     "--guidance inf": "--guidance inf: give a number from 1",
     "--resolution 64,48x40": "'48x40' is no size in multiples of 16",
@@ -272,9 +261,6 @@ def test_a_turbo_model_is_warned_of(place, tmp_path, capsys):
 def test_a_latent_that_is_not_finite_is_refused(place, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(adapter, "sample_teacher", lambda *args: args[3].fill_(70_000.0))
     tiny.refused(capsys, run(place, tmp_path / "out"), "a latent is not finite in float16")
-
-
-# ---- reading -------------------------------------------------------------------------------------
 
 
 def test_prompts_are_indexed_as_a_tensor_is():
@@ -325,9 +311,6 @@ def test_the_last_samples_are_held_out(place):
     counts = {10_000: 64, 640: 64, 639: 63, 40: 4, 11: 3}
     assert {n: data.count_held_out(n) for n in counts} == counts
     assert sorted(sum(place.latents.held_out_batches(2), [])) == [8, 9, 10]
-
-
-# ---- evaluation ----------------------------------------------------------------------------------
 
 
 def make_run(folder, place):

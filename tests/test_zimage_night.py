@@ -28,8 +28,6 @@ def no_inception(monkeypatch):
     monkeypatch.setattr(evaluate, "inception", offline)
 
 
-# ---- the rehearsal -------------------------------------------------------------------------------
-
 FORKS.set_forkserver_preload(["zimage.rehearse", "zimage.precompute", "zimage.lora"])
 
 
@@ -110,9 +108,6 @@ def test_images_unlike_the_stock_pipelines_are_noticed(model, tmp_path):
         Image.new("RGB", (32, 32), (90, 128, 128)).save(tmp_path / f"{i:05d}.png")
     with pytest.raises(ladd.UserError, match="image 0: .* of 255 levels off the stock pipeline's"):
         rehearse.compare(model, tmp_path, ["a cat", "tea"], options, num_inference_steps=2)
-
-
-# ---- the sweep -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
