@@ -91,17 +91,18 @@ def progress(parts, words):
     return tqdm(list(parts), words, disable=None if ladd.rank() == 0 else True)
 
 
+def parse_size(text):
+    """--resolution as (height, width) in pixels: "512" is a square, "640x384" width x height."""
+    sides = text.strip().lower().split("x")
+    ok = len(sides) <= 2 and all(s.isdecimal() and int(s) and int(s) % 16 == 0 for s in sides)
+    why = f"--resolution: {text!r} is no size in multiples of 16 pixels"
+    check(ok, f"{why}; give 512 or WIDTHxHEIGHT")
+    return int(sides[-1]), int(sides[0])
+
+
 def parse_sizes(text):
-    """--resolution as [(height, width)] in pixels: "512" is a square, "640x384" width x height,
-    and commas stand between several."""
-    sizes = []
-    for word in text.lower().split(","):
-        sides = word.strip().split("x")
-        ok = len(sides) <= 2 and all(s.isdecimal() and int(s) and int(s) % 16 == 0 for s in sides)
-        why = f"--resolution {text}: {word!r} is no size in multiples of 16 pixels"
-        check(ok, f"{why}; give 512 or WIDTHxHEIGHT, with commas between several")
-        sizes.append((int(sides[-1]), int(sides[0])))
-    return sizes
+    """Several such sizes, with commas between them."""
+    return [parse_size(word) for word in text.split(",")]
 
 
 def model_folder(model):

@@ -47,7 +47,7 @@ def add_arguments(group):
     add("--plan", action="store_true", help="print memory, hours and money of it all, and end")
     add("--gpus", type=int, default=8, metavar="N", help="GPUs of the plan (8)")
     add("--gpu", choices=CARDS, default="a100-80g", help="their kind (a100-80g)")
-    add("--resolution", type=adapter.parse_sizes, default="512", help="plan: 512 or 640x384 (512)")
+    add("--resolution", type=adapter.parse_size, default="512", help="plan: 512 or 640x384 (512)")
     add("--prompts", type=int, default=10_000, metavar="N", help="plan: its prompts (10000)")
     add("--price", type=float, default=0.0, metavar="X", help="money per GPU-hour")
     add("--hours", type=float, default=100.0, metavar="X", help="GPU-hours at hand (100)")
@@ -147,7 +147,7 @@ def trace(recipe, options, n, student_turn=True, config=None):
         world.nothing = torch.empty(32, features)
 
         def batch(start, count):
-            height, width = options.resolution[0]
+            height, width = options.resolution
             x0 = torch.empty(count, adapter.CHANNELS, height // 8, width // 8)
             vector = torch.empty(count, 768 if recipe.text_vector == "clip" else features)
             caption = torch.empty(CAPTION, features, dtype=world.dtype)
@@ -191,7 +191,6 @@ def fake_rank(recipe, options):
     n = settings.micro_batch or int(part)
     why = f"--micro-batch {n}: give an even part of batch / gpus = {part:g}"
     ladd.check(part % n == 0 and n % 2 == 0, why)
-    ladd.check(len(options.resolution) == 1, "--resolution: give one size")
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=options.gpus)
     try:
         yield dataclasses.replace(settings, micro_batch=n)
@@ -206,7 +205,7 @@ def plan(recipe, options, config=None):
         heads, both = (trace(recipe, options, n, turn, config) for turn in (False, True))
         one = trace(recipe, options, 1, True, config)  # a line through two sizes tells of all
         slope = max(1, (both.peak - one.peak) / (n - 1))
-    (tflops, room), (height, width) = CARDS[options.gpu], options.resolution[0]
+    (tflops, room), (height, width) = CARDS[options.gpu], options.resolution
     gpus, made, iterations = options.gpus, options.prompts, recipe.iterations
 
     def row(name, *cells):

@@ -68,7 +68,7 @@ def launch(gpus, words, log, until=None):
 def compare(folder, images, prompts, options, **call):
     """UserError unless the stock pipeline in `folder` makes the first four `images` by `call`."""
     pipe = adapter.load_pipeline(folder, getattr(torch, options.dtype), options.device)
-    height, width = options.resolution[0]
+    height, width = options.resolution
     for i, prompt in enumerate(prompts[:4]):
         z = adapter.noise_for(0, i, height // adapter.PIXELS, width // adapter.PIXELS)
         call |= {"latents": z[None].to(options.device), "height": height, "width": width}
@@ -102,7 +102,7 @@ def rehearse(place, options, recipe, more, planned):
         return text
 
     print(f"{'':<28}{'time':>10}{'planned':>10}{'peak GB':>10}{'planned':>10}")
-    height, width = options.resolution[0]
+    height, width = options.resolution
     kind = ["--device", options.device, "--dtype", options.dtype]
     drawn = ["--prompts", place / "prompts.txt", "--resolution", f"{width}x{height}", *kind]
     shards = ["--model", model, "--out", place / "data", "--shard-size", 4]

@@ -126,7 +126,7 @@ def add_sampling_arguments(parser):
     text = "the teacher's w, 1 for none: guidance_scale + 1 (default: the data's)"
     add("--guidance", type=float, metavar="W", help=text)
     text = "512 or WIDTHxHEIGHT in pixels, multiples of 16 (default: %(default)s)"
-    add("--resolution", type=adapter.parse_sizes, default="512", metavar="SIZE", help=text)
+    add("--resolution", type=adapter.parse_size, default="512", metavar="SIZE", help=text)
     add("--batch", type=positive, default=4, help="images per pass (default: %(default)s)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
     add("--dtype", choices=("bfloat16", "float32"), help="(default: the device's)")
@@ -142,8 +142,6 @@ def fill_in(options, run):
     options.steps = options.steps or [n for n in (4, 2, 1) if n <= len(known)]
     for n in options.steps:
         ladd.step_times(known, n)
-    check(len(options.resolution) == 1, "--resolution: give one size")
-    options.resolution = options.resolution[0]  # (height, width)
     options.device = ladd.pick_device(options.device)
     options.dtype = options.dtype or ladd.default_dtype(options.device)
 
