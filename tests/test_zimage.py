@@ -648,7 +648,7 @@ def test_the_card_and_the_scheduler(place):
 
 def test_the_picture_shows_prompts_by_ways(place, capsys, monkeypatch):
     shown = []
-    monkeypatch.setattr(sample, "draw_grid", lambda path, columns, texts: shown.append(columns))
+    monkeypatch.setattr(zworld, "draw_grid", lambda path, columns, texts: shown.append(columns))
     argv = [place.run, "--prompts", place.prompts, "--count", 3, "--steps", "4,1", "--seed", 3]
     argv += ["--teacher-steps", 2, "--resolution", "48x32", "--batch", 2, "--dtype", "float32"]
     assert tiny.start(sample.main, *argv, "--device=cpu") == 0

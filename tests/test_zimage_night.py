@@ -132,7 +132,7 @@ def night(model, tmp_path, monkeypatch):
             main = ladd.distil if words[0] == ladd.__file__ else evaluate.main
             assert start(main, *words[2 - (main is ladd.distil) :]) == 0
 
-        monkeypatch.setattr(sweep, "launch", launch)
+        monkeypatch.setattr(rehearse, "launch", launch)
         judge = f"--judge={JUDGE} --prompts {tmp_path / 'prompts.txt'}"
         options = [tmp_path / "file", "--out", tmp_path / "out", judge, "--data", tmp_path / "data"]
         return start(sweep.main, *options, "--iterations", 2, *TINY, *more), ran

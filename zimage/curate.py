@@ -19,7 +19,6 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import ladd
-from ladd import check
 from zimage import data
 
 GRAMMAR = Path(__file__).parent / "prompts" / "grammar.toml"
@@ -63,7 +62,7 @@ def write(count, held_out, seed):
     kept, _ = clean(texts)
     found = [[text for s, text in kept if s == side][: wanted[side]] for side in wanted]
     enough = [len(texts) for texts in found] == list(wanted.values())
-    check(enough, f"--write {count}: the grammar has fewer that differ enough; ask for fewer")
+    ladd.check(enough, f"--write {count}: the grammar has fewer that differ enough; ask for fewer")
     return found[1], found[0]
 
 
@@ -127,15 +126,15 @@ def main(argv=None):
     out = options.out
     beside = out.with_name(f"{out.stem}-heldout.txt")
     ok = out.suffix == ".txt" and not out.exists() and not (options.write and beside.exists())
-    check(ok, f"--out {out}: give a .txt file that does not exist yet")
-    check(bool(options.files) != (options.write > 0), "give files to clean, or --write N")
+    ladd.check(ok, f"--out {out}: give a .txt file that does not exist yet")
+    ladd.check(bool(options.files) != (options.write > 0), "give files to clean, or --write N")
     if options.write:
         train, held_out = write(options.write, options.held_out, options.seed)
         save(out, train)
         return save(beside, held_out)
     texts = [(f"{path}:{n}", text) for path in options.files for n, text in data.read_texts(path)]
     kept, dropped = clean(texts)
-    check(kept, f"{options.files[0]}: no prompt is left of {len(dropped)}: {dropped[:1]}")
+    ladd.check(kept, f"{options.files[0]}: no prompt is left of {len(dropped)}: {dropped[:1]}")
     save(out, [text for _, text in kept])
     report = out.with_suffix(".dropped.tsv")
     settings = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}

@@ -24,10 +24,7 @@ from cleanfid.inception_torchscript import InceptionV3W
 from PIL import Image
 
 import ladd
-from ladd import UserError, check
-from zimage import adapter, sample
-from zimage.data import read_prompts
-from zimage.precompute import start_ranks
+from zimage import adapter, data, precompute, sample
 
 INCEPTION = "inception-2015-12-05.pt"  # the file that clean-fid downloads
 
@@ -68,7 +65,7 @@ def inception(folder, device):
     except Exception as error:  # no network, a damaged file, ...
         why = f"clean-fid's Inception can't be loaded or downloaded ({type(error).__name__})"
         way_out = f"put {INCEPTION} there, or name the folder that holds it"
-        raise UserError(f"--features {folder}: {why}; {way_out}") from error
+        raise ladd.UserError(f"--features {folder}: {why}; {way_out}") from error
 
 
 def judge(wanted, folders, prompts, options, features, clip):
@@ -127,12 +124,12 @@ def markdown(rows, conditions):
 
 def main(argv=None, features=None):
     """features: images [B, 3, 299, 299] in 0 .. 255 -> [B, D], in place of Inception."""
-    options, state = parse_options(argv), start_ranks()
+    options, state = parse_options(argv), precompute.start_ranks()
     run = sample.open_run(options.run, options.model)
     sample.fill_in(options, run)
     options.out = (options.out or run.folder / "evaluation").expanduser()
-    prompts = read_prompts(options.prompts)
-    check(len(prompts) >= 2, f"--prompts {options.prompts}: KID needs at least 2 prompts")
+    prompts = data.read_prompts(options.prompts)
+    ladd.check(len(prompts) >= 2, f"--prompts {options.prompts}: KID needs at least 2 prompts")
     seeds = options.seeds
     teacher, *others = sample.compared(options, untrained_steps=[max(options.steps)])
     wanted = {teacher: seeds if len(seeds) > 1 else [seeds[0], seeds[0] + 1]}

@@ -15,10 +15,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import ladd
-from ladd import check
-from zimage import adapter
-from zimage.sample import open_run, parser_for
-from zimage.world import call_for
+from zimage import adapter, sample, world
 
 CARD = """---
 library_name: diffusers
@@ -61,7 +58,7 @@ def model_card(run, name, dtype):
     """README.md: what the model is, how to call it, and its figures if it has some."""
     times = [ladd.step_times(run.recipe.times, n) for n in range(len(run.recipe.times), 0, -1)]
     row = "| {} | {} | `pipe(prompt, {})` |"
-    calls = [row.format(len(ts), ", ".join(map(str, ts)), call_for(ts)) for ts in times]
+    calls = [row.format(len(ts), ", ".join(map(str, ts)), world.call_for(ts)) for ts in times]
     report = run.folder / "report.md"
     on_hub = "/" in run.model and not Path(run.model).exists()
     return CARD.format(
@@ -69,7 +66,7 @@ def model_card(run, name, dtype):
         name=name,
         model=run.model,
         dtype=dtype,
-        call=call_for(times[0]),
+        call=world.call_for(times[0]),
         calls="\n".join(calls),
         renoise=RENOISE if run.recipe.sampler == "renoise" else "",
         figures=report.read_text(encoding="utf-8") if report.exists() else "Not evaluated.",
@@ -79,7 +76,7 @@ def model_card(run, name, dtype):
 def export(run, out, dtype="bfloat16"):
     """Write the folder `out` for a `Run`: it is whole or not there. dtype: of the weights."""
     out = Path(out).expanduser().resolve()
-    check(not any(out.glob("*")), f"--out {out}: not an empty folder; name another")
+    ladd.check(not any(out.glob("*")), f"--out {out}: not an empty folder; name another")
     kind = getattr(torch, dtype)
     student = adapter.load_transformer(run.folder / "student", kind)
     renoise = run.recipe.sampler == "renoise"
@@ -93,13 +90,13 @@ def export(run, out, dtype="bfloat16"):
 
 
 def main(argv=None):
-    parser = parser_for("export", __doc__)
+    parser = sample.parser_for("export", __doc__)
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     options = parser.parse_args(argv)
-    run = open_run(options.run, options.model)
+    run = sample.open_run(options.run, options.model)
     export(run, options.out, options.dtype)
-    call = call_for(run.recipe.times)
+    call = world.call_for(run.recipe.times)
     print(f'ZImagePipeline.from_pretrained("{options.out}")(prompt, {call}); see its README.md')
 
 

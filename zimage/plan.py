@@ -23,9 +23,8 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 import ladd
-from zimage import adapter, fsdp
+from zimage import adapter, data, fsdp
 from zimage import world as zworld  # which imports this module
-from zimage.data import count_held_out
 
 # Dense bfloat16 TFLOPS with float32 sums (half of what "with sparsity" says) and GB. Sources:
 # NVIDIA's data sheets of A100, H100 SXM, H200 SXM and L40S (ECC takes 3 of its 48 GB), and its Ada
@@ -237,7 +236,7 @@ def plan(recipe, options, config=None):
     saves = -(-iterations // settings.checkpoint_every)
     at_once = min(saves, settings.keep + 1)  # the oldest goes once the newest is there
     points = (iterations - 1) // (settings.evaluate_every or iterations)
-    judged = gpus * (GRIDS + JUDGED * n * -(-count_held_out(made) // (n * gpus)))
+    judged = gpus * (GRIDS + JUDGED * n * -(-data.count_held_out(made) // (n * gpus)))
     sample = height * width / 2 + CAPTION * 5120 + 10240  # bytes of latent, caption and vector
     stages = {  # passes of the network, bytes for which all GPUs wait, bytes that are kept
         f"{made:,} prompts": (made * TEACHER, 0, made * sample),

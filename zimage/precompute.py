@@ -19,7 +19,6 @@ from accelerate import PartialState
 from diffusers import ZImageTransformer2DModel
 
 import ladd
-from ladd import check, print0
 from zimage import adapter, data
 from zimage.sample import positive
 
@@ -43,7 +42,7 @@ def parse_options(argv):
     add("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="(%(default)s)")
     options = made.parse_args(argv)
     ok = 1 <= options.guidance < float("inf")
-    check(ok, f"--guidance {options.guidance}: give a number from 1 (no guidance)")
+    ladd.check(ok, f"--guidance {options.guidance}: give a number from 1 (no guidance)")
     return options
 
 
@@ -66,7 +65,7 @@ def make_shard(pipe, clip, shard, prompts, options):
         settings = null, noise, options.steps, options.guidance
         latents = adapter.sample_teacher(pipe, some, *settings).half().cpu()
         message = f"samples {indices}: a latent is not finite in float16"
-        check(latents.isfinite().all(), f"{message}; try --dtype float32 or less --guidance")
+        ladd.check(latents.isfinite().all(), f"{message}; try --dtype float32 or less --guidance")
         for k, x0 in zip(rows, latents, strict=True):
             tensors[f"latent.{k}"] = x0
             tensors[f"caption.{k}"] = captions[k].to("cpu", torch.bfloat16)
@@ -84,7 +83,7 @@ def make_manifest(options, argv, folder, clip):
     lengths = [len(ids) for ids in pipe.tokenizer(texts).input_ids]
     for prompt, n in zip(prompts, lengths, strict=True):
         why = f"{n} tokens with the chat template, but the model reads {adapter.MAX_TOKENS}"
-        check(n <= adapter.MAX_TOKENS, f"--prompts: {prompt[:40]!r} ...: {why}; shorten it")
+        ladd.check(n <= adapter.MAX_TOKENS, f"--prompts: {prompt[:40]!r} ...: {why}; shorten it")
     config = ZImageTransformer2DModel.load_config(folder, subfolder="transformer")
     settings = ("steps", "guidance", "seed", "shard_size", "dtype", "clip")
     made_of = {
@@ -115,13 +114,13 @@ def main(argv=None):
     manifest, prompts = make_manifest(options, argv, folder, clip)
     made_of, shards = manifest["made_of"], manifest["shards"]
     part = f"{len(shards) / ranks:.3g} of {len(shards):,} shards by each of {ranks} ranks"
-    print0(f"{len(prompts):,} samples, {part}")
+    ladd.print0(f"{len(prompts):,} samples, {part}")
     out = options.out.expanduser()
     if (out / "manifest.json").exists():  # of these settings; the model may have moved
         changed = ladd.diff(made_of, data.read_manifest(out)["made_of"])
         words = "; ".join(f"{k} = {new} (was {old})" for k, (old, new) in changed.items())
         way_out = "name a new folder, or give the old settings"
-        check(not changed, f"--out {out}: holds data made otherwise: {words}; {way_out}")
+        ladd.check(not changed, f"--out {out}: holds data made otherwise: {words}; {way_out}")
     todo = [shard for shard in shards[rank::ranks] if not data.is_whole(out, shard, made_of)]
     if todo:  # the model is loaded before anything is written, and only where it is needed
         pipe = adapter.load_pipeline(folder, getattr(torch, options.dtype), device, vae=None)
@@ -136,7 +135,7 @@ def main(argv=None):
     if first:
         for half in out.glob(".*.part"):  # a killed process left it
             half.unlink()
-    print0(f"{out}: all {len(shards)} shards are there")
+    ladd.print0(f"{out}: all {len(shards)} shards are there")
 
 
 if __name__ == "__main__":

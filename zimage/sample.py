@@ -17,9 +17,7 @@ import torch
 
 import ladd
 from ladd import check
-from zimage import adapter
-from zimage.data import read_prompts
-from zimage.world import ZImageRecipe, draw_grid
+from zimage import adapter, data, world
 
 PROMPTS = Path(__file__).parent / "prompts" / "heldout.txt"
 
@@ -29,7 +27,7 @@ class Run(NamedTuple):
 
     folder: Path
     made_of: dict  # what its teacher and data were made of
-    recipe: ZImageRecipe
+    recipe: world.ZImageRecipe
     model: str  # the base model, as it was named
     base: Path  # its folder
 
@@ -37,7 +35,7 @@ class Run(NamedTuple):
 def open_run(folder, model=None):
     """The run in a folder, nothing of it loaded yet. model: another place of the base model."""
     folder = Path(folder)
-    recipe = ladd.recipe_from(ZImageRecipe, folder / "config.json")
+    recipe = ladd.recipe_from(world.ZImageRecipe, folder / "config.json")
     made_of = json.loads((folder / "config.json").read_text())["data"]
     check("latents.model" in made_of, f"{folder}: no run of Z-Image; give one, like runs/first")
     ended = (folder / "student" / "config.json").exists()
@@ -172,14 +170,14 @@ def main(argv=None):
     fill_in(options, run)
     out = Path(options.out or run.folder / "sample.png").expanduser()
     check(out.suffix.lower() == ".png", f"--out {out}: give a .png file")
-    prompts = read_prompts(options.prompts)[: options.count]
+    prompts = data.read_prompts(options.prompts)[: options.count]
     ways = compared(options, untrained_steps=options.steps)
     keys = [(options.seed, index) for index in range(len(prompts))]
     titles = {way: f"{way.name}\n{way.nfe} evaluation{'s' * (way.nfe > 1)}" for way in ways}
     columns = {title: [None] * len(keys) for title in titles.values()}
     for way, (_, index), image in images(run, dict.fromkeys(ways, keys), prompts, options):
         columns[titles[way]][index] = image
-    draw_grid(out, columns, prompts)
+    world.draw_grid(out, columns, prompts)
     print(out)
 
 

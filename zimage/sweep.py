@@ -20,8 +20,7 @@ from pathlib import Path
 import torch
 
 import ladd
-from zimage import evaluate, sample
-from zimage.rehearse import launch
+from zimage import evaluate, rehearse, sample
 
 COLUMNS = "commit name settings judge seeds kid untrained gb seconds verdict".split()
 
@@ -45,10 +44,10 @@ def figures(run, words, recipe, seed, options):
     if not report.exists():
         often = ["--checkpoint-every", max(1, recipe.iterations // 4)]
         place = ["--seed", seed, "--out", run.parent, "--name", run.name, "--resume"]
-        launch(options.gpus, [ladd.__file__, "--zimage", *often, *words, *place], log)
+        rehearse.launch(options.gpus, [ladd.__file__, "--zimage", *often, *words, *place], log)
         judge = [*options.judge, "--seeds", seed, "--steps", len(recipe.times)]
         judge += ["--out", run.parent / "images"]  # all runs share the teacher's
-        launch(options.gpus, ["-m", "zimage.evaluate", run, *judge], log)
+        rehearse.launch(options.gpus, ["-m", "zimage.evaluate", run, *judge], log)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
     _, student, untrained = json.loads(report.read_text())["rows"]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
