@@ -42,9 +42,8 @@ class Prompts:
         return len(self.captions)
 
     def __getitem__(self, rows):
-        rows = rows.cpu() if torch.is_tensor(rows) else rows
-        rows = torch.arange(len(self))[rows].tolist()
-        return Prompts([self.captions[k] for k in rows], self.vector[rows])
+        index = torch.arange(len(self))[rows.cpu() if torch.is_tensor(rows) else rows].tolist()
+        return Prompts([self.captions[k] for k in index], self.vector[index])
 
     def to(self, device):
         return Prompts([c.to(device) for c in self.captions], self.vector.to(device))
