@@ -61,16 +61,12 @@ def model_card(run, name, dtype):
     calls = [row.format(len(ts), ", ".join(map(str, ts)), world.call_for(ts)) for ts in times]
     report = run.folder / "report.md"
     on_hub = "/" in run.model and not Path(run.model).exists()
-    return CARD.format(
-        hub=f"base_model: {run.model}\n" if on_hub else "",
-        name=name,
-        model=run.model,
-        dtype=dtype,
-        call=world.call_for(times[0]),
-        calls="\n".join(calls),
-        renoise=RENOISE if run.recipe.sampler == "renoise" else "",
-        figures=report.read_text(encoding="utf-8") if report.exists() else "Not evaluated.",
-    )
+    parts = {"name": name, "model": run.model, "dtype": dtype, "call": world.call_for(times[0])}
+    parts["hub"] = f"base_model: {run.model}\n" if on_hub else ""
+    parts["calls"] = "\n".join(calls)
+    parts["renoise"] = RENOISE if run.recipe.sampler == "renoise" else ""
+    parts["figures"] = report.read_text(encoding="utf-8") if report.exists() else "Not evaluated."
+    return CARD.format(**parts)
 
 
 def export(run, out, dtype="bfloat16"):
