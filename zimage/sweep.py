@@ -82,11 +82,9 @@ def main(argv=None):
         if f"\t{key}\t" in text:
             continue
         digest = hashlib.sha256(made_by.encode()).hexdigest()[:6]
-        made = []
+        runs = {seed: options.out / f"{name}-{digest}-{seed}" for seed in options.seeds}
         try:
-            for seed in options.seeds:
-                run = options.out / f"{name}-{digest}-{seed}"
-                made.append(figures(run, words, recipe, seed, options))
+            made = [figures(run, words, recipe, seed, options) for seed, run in runs.items()]
         except ladd.UserError as error:  # lets the others go on
             failed.append(f"{name}: {error}")
             print(failed[-1], file=sys.stderr)
