@@ -11,7 +11,6 @@ The images are kept as PNG under RUN/evaluation, in folders named by what made t
 stopped goes on. The ranks share the prompts, and the first one judges.
 """
 
-import functools
 import hashlib
 import json
 import statistics
@@ -72,24 +71,22 @@ def judge(wanted, folders, prompts, options, features, clip):
     """The rows of the report. wanted: {Way: seeds}, the teacher first."""
     seeds, rows = options.seeds, []
     others = seeds[1:] + (seeds[:1] if len(seeds) > 1 else [seeds[0] + 1])
-
-    def paths(way, seed):
-        return [png(folders[way], seed, i) for i in range(len(prompts))]
-
-    @functools.cache
-    def features_of(way, seed):
-        settings = {"num_workers": 0, "batch_size": 32, "device": options.device, "verbose": False}
-        return get_files_features(paths(way, seed), features, **settings).astype("float64")
-
+    settings = {"num_workers": 0, "batch_size": 32, "device": options.device, "verbose": False}
+    paths, found = {}, {}  # of a way and a seed: the images, and their features
+    for way, own_seeds in wanted.items():
+        for seed in own_seeds:
+            paths[way, seed] = [png(folders[way], seed, i) for i in range(len(prompts))]
+            of_seed = get_files_features(paths[way, seed], features, **settings)
+            found[way, seed] = of_seed.astype("float64")
     teacher = next(iter(wanted))
     for way in wanted:
         row = {"name": way.name, "steps": way.steps, "nfe": way.nfe, "kid": [], "clip": []}
         for seed, other in zip(seeds, others, strict=True):
-            own, real = features_of(way, seed), features_of(teacher, other)
+            own, real = found[way, seed], found[teacher, other]
             # One subset of all images: subsets would add noise, and no information.
             row["kid"].append(kernel_distance(own, real, 1, len(own)))
             if clip:
-                shown = zip(map(Image.open, paths(way, seed)), prompts, strict=True)
+                shown = zip(map(Image.open, paths[way, seed]), prompts, strict=True)
                 row["clip"].append(statistics.fmean(clip.score(*pair) for pair in shown))
         for name in ("kid", "clip"):
             values = row[name]
@@ -124,7 +121,8 @@ def markdown(rows, conditions):
 
 def main(argv=None, features=None):
     """features: images [B, 3, 299, 299] in 0 .. 255 -> [B, D], in place of Inception."""
-    options, state = parse_options(argv), precompute.start_ranks()
+    options = parse_options(argv)
+    state = precompute.start_ranks()
     run = sample.open_run(options.run, options.model)
     sample.fill_in(options, run)
     options.out = (options.out or run.folder / "evaluation").expanduser()
