@@ -95,21 +95,19 @@ def make_manifest(options, argv, folder, clip):
         "vectors": {"qwen": config["cap_feat_dim"], **({"clip": clip.dim} if clip else {})},
         **{name: getattr(options, name) for name in settings},
     }
-    manifest = {
-        "kind": data.KIND,
-        "command": "python -m zimage.precompute " + shlex.join(argv),
-        "model": str(folder.resolve()) if Path(options.model).is_dir() else options.model,
-        "made_of": made_of,
-        "shards": data.plan_shards(lengths, options.resolution, options.shard_size),
-    }
-    return manifest, prompts
+    command = "python -m zimage.precompute " + shlex.join(argv)
+    model = str(folder.resolve()) if Path(options.model).is_dir() else options.model
+    shards = data.plan_shards(lengths, options.resolution, options.shard_size)
+    manifest = {"kind": data.KIND, "command": command, "model": model, "made_of": made_of}
+    return {**manifest, "shards": shards}, prompts
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    options, state = parse_options(argv), start_ranks()
-    rank, ranks, first = state.process_index, state.num_processes, state.is_main_process
-    device, folder = ladd.pick_device(options.device), adapter.model_folder(options.model)
+def main(argv):
+    options = parse_options(argv)
+    state = start_ranks()
+    ranks = state.num_processes
+    device = ladd.pick_device(options.device)
+    folder = adapter.model_folder(options.model)
     clip = adapter.Clip(options.clip, device) if options.clip else None
     manifest, prompts = make_manifest(options, argv, folder, clip)
     made_of, shards = manifest["made_of"], manifest["shards"]
@@ -121,10 +119,11 @@ def main(argv=None):
         words = "; ".join(f"{k} = {new} (was {old})" for k, (old, new) in changed.items())
         way_out = "name a new folder, or give the old settings"
         ladd.check(not changed, f"--out {out}: holds data made otherwise: {words}; {way_out}")
-    todo = [shard for shard in shards[rank::ranks] if not data.is_whole(out, shard, made_of)]
+    own = shards[state.process_index :: ranks]
+    todo = [shard for shard in own if not data.is_whole(out, shard, made_of)]
     if todo:  # the model is loaded before anything is written, and only where it is needed
         pipe = adapter.load_pipeline(folder, getattr(torch, options.dtype), device, vae=None)
-    if first and not (out / "manifest.json").exists():
+    if state.is_main_process and not (out / "manifest.json").exists():
         ladd.write_json(out / "manifest.json", manifest)
     state.wait_for_everyone()
     for shard in adapter.progress(todo, "shards"):
@@ -132,7 +131,7 @@ def main(argv=None):
         about = {"kind": data.SHARD_KIND, "made_of": made_of, **shard}
         ladd.save_weights(out / shard["name"], tensors, about)
     state.wait_for_everyone()
-    if first:
+    if state.is_main_process:
         for half in out.glob(".*.part"):  # a killed process left it
             half.unlink()
     ladd.print0(f"{out}: all {len(shards)} shards are there")
