@@ -220,17 +220,16 @@ class ZImageWorld(ladd.World):
         the teacher's variance. They are to watch. The measure of quality is `feature_kid`.
         """
         x0, cond, noise = (v.to(self.device) for v in self.data.get(self.shown))
-        steps = [n for n in (1, 2, 4) if n <= len(self.recipe.times)]
-
-        def sampled(*start):
-            made = [ladd.sample_student(student, self.recipe, *start, n) for n in steps]
-            return {f"student@{n}": z for n, z in zip(steps, made, strict=True)}
-
         own = adapter.Prompts(self.captions, torch.zeros(len(self.captions), 0))
-        own_rows = sampled(torch.cat([noise] * GRID)[: len(own)], own) if len(own) else {}
-        rows, metrics, collapse = {"teacher": x0, **sampled(noise, cond)}, {}, []
-        for n in steps:
-            made = rows[f"student@{n}"]
+        own_noise = noise[torch.arange(len(own)) % len(noise)]
+        columns, own_columns = {"teacher": x0}, {}
+        metrics, collapse = {}, []
+        for n in [n for n in (1, 2, 4) if n <= len(self.recipe.times)]:
+            made = ladd.sample_student(student, self.recipe, noise, cond, n)
+            columns[f"student@{n}"] = made
+            if self.texts:
+                z = ladd.sample_student(student, self.recipe, own_noise, own, n)
+                own_columns[f"student@{n}"] = z
             variance = metrics[f"variance@{n}"] = float(made.var() / x0.var())
             metrics[f"distance@{n}"] = float((made - x0).square().mean() / x0.var())
             if not 0.5 <= variance <= 2:
@@ -243,12 +242,12 @@ class ZImageWorld(ladd.World):
         if diversity < LEAST_DIVERSITY:
             collapse.append(f"feature_diversity {diversity:.2f} is under {LEAST_DIVERSITY}")
         metrics |= self.feature_kid(student)
-        if ladd.rank() == 0:
-            texts = [f"sample {k}" for k in self.shown]
-            for name, latents, words in (("", rows, texts), ("-own", own_rows, self.texts)):
-                columns = {title: adapter.decode(self.vae, z) for title, z in latents.items()}
-                if columns:
-                    draw_grid(run / "samples" / f"{step:07d}{name}.png", columns, words)
+        grids = {"": (columns, [f"sample {k}" for k in self.shown])}
+        if self.texts:
+            grids["-own"] = own_columns, self.texts
+        for name, (latents, texts) in grids.items() if ladd.rank() == 0 else ():
+            images = {title: adapter.decode(self.vae, z) for title, z in latents.items()}
+            draw_grid(run / "samples" / f"{step:07d}{name}.png", images, texts)
         return {**metrics, "collapse": collapse}
 
     def half_noised(self, x, cond):
