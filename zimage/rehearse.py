@@ -82,47 +82,49 @@ def compare(folder, images, prompts, options, **call):
 def rehearse(place, options, recipe, more, planned):
     """All stages in the folder `place`. more: options for ladd.py. planned: a `plan.Trace` of an
     iteration. Returns the seconds of one."""
-    out, gpus, model, times = options.out, options.gpus, options.model, recipe.times
-    log, run = out.with_suffix(".log"), place / "runs" / "rehearsal"
+    gpus = options.gpus
+    steps = len(recipe.times)
+    run = place / "runs" / "rehearsal"
+    log = options.out.with_suffix(".log")
     prompts = data.read_prompts(PROMPTS)[: max(16, 4 * gpus)]  # a batch for each GPU
     (place / "prompts.txt").write_text("\n".join(prompts))
     (place / "few.txt").write_text("\n".join(prompts[: 4 * gpus]))
     log.write_text("")
 
-    def show(name, began, passes, *gigabytes):
+    def show(name, began, passes, peak, planned_peak=0):  # peaks in GB, 0 for none
         at_half = passes * planned.forward / (0.5e12 * plan.CARDS[options.gpu][0])
         seconds = time.time() - began, at_half
         cells = [f"{s:.1f} s" if s < 60 else f"{s / 60:.1f} min" for s in seconds]
-        print(f"{name:<28}" + "".join(f"{c:>10}" for c in (*cells, *gigabytes)), flush=True)
+        cells += [f"{gb:.3f}" if gb else "-" for gb in (peak, planned_peak)]
+        print(f"{name:<28}" + "".join(f"{cell:>10}" for cell in cells), flush=True)
 
-    def stage(name, gpus, passes, *words, until=None, gigabytes="-"):
-        began, text = time.time(), launch(gpus, words, log, until)
-        peaks = re.findall(r"peak_gb ([\d.]+)", text)  # which ladd.py prints where it has CUDA
-        show(name, began, passes, max(peaks, key=float, default="-"), gigabytes)
+    def stage(name, gpus, passes, *words, until=None, peak=0):
+        began = time.time()
+        text = launch(gpus, words, log, until)
+        found = re.findall(r"peak_gb ([\d.]+)", text)  # which ladd.py prints where it has CUDA
+        show(name, began, passes, max(map(float, found), default=0), peak)
         return text
 
     print(f"{'':<28}{'time':>10}{'planned':>10}{'peak GB':>10}{'planned':>10}")
     height, width = options.resolution
     kind = ["--device", options.device, "--dtype", options.dtype]
     drawn = ["--prompts", place / "prompts.txt", "--resolution", f"{width}x{height}", *kind]
-    shards = ["--model", model, "--out", place / "data", "--shard-size", 4]
-    shards += ["--clip", options.clip_model] if options.clip_model else []
-    made, n = len(prompts), len(times)
-    passes = plan.TEACHER * made / gpus  # of the network on each GPU
-    stage(f"precompute {made} prompts", gpus, passes, "-m", "zimage.precompute", *shards, *drawn)
-    train = [ladd.__file__, "--zimage", *more, *kind, "--model", model, "--data", place / "data"]
-    train += ["--out", run.parent, "--name", run.name, "--iterations", 6, "--log-every", 1]
-    train += ["--checkpoint-every", 4, "--evaluate-every", 4]
+    make = ["-m", "zimage.precompute", "--model", options.model, "--out", place / "data"]
+    make += ["--clip", options.clip_model] if options.clip_model else []
+    passes = plan.TEACHER * len(prompts) / gpus  # of the network on each GPU
+    stage(f"precompute {len(prompts)} prompts", gpus, passes, *make, "--shard-size", 4, *drawn)
+    train = [ladd.__file__, "--zimage", *more, *kind, "--model", options.model]
+    train += ["--data", place / "data", "--out", run.parent, "--name", run.name]
+    train += ["--iterations", 6, "--log-every", 1, "--checkpoint-every", 4, "--evaluate-every", 4]
     fourth = run / "checkpoints" / "step-0000004"
     each = planned.flops * recipe.batch / planned.forward / gpus  # an iteration in passes
-    written = fourth / ".metadata"
-    memory = {"gigabytes": f"{planned.peak / 1e9:.3f}"}
-    stage("4 iterations, SIGKILL", gpus, 4 * each, *train, until=written, **memory)
-    text = stage("resume, 2 iterations", gpus, 2 * each, *train, "--resume", **memory)
+    peak = planned.peak / 1e9
+    stage("4 iterations, SIGKILL", gpus, 4 * each, *train, until=fourth / ".metadata", peak=peak)
+    text = stage("resume, 2 iterations", gpus, 2 * each, *train, "--resume", peak=peak)
     check(f"going on from {fourth}" in text, f"--resume did not go on from iteration 4; see {log}")
-    drawn += ["--steps", n]
-    shown = ["-m", "zimage.sample", run, "--count", 4, "--out", out, *drawn]
-    stage("sample", 1, 4 * (plan.TEACHER + 2 * n), *shown)
+    drawn += ["--steps", steps]
+    shown = ["-m", "zimage.sample", run, "--count", 4, "--out", options.out, *drawn]
+    stage("sample", 1, 4 * (plan.TEACHER + 2 * steps), *shown)
     judge = ["-m", "zimage.evaluate"]
     try:
         evaluate.inception(Path(torch.hub.get_dir()), "cpu")
@@ -130,19 +132,20 @@ def rehearse(place, options, recipe, more, planned):
         judge = ["-c", PLUMBING]
         print("KID: plumbing only")
     judge += [run, "--seeds", 0, *drawn, "--prompts", place / "few.txt"]
-    stage("KID", gpus, 4 * (2 * plan.TEACHER + 2 * n), *judge)  # the teacher has two seeds
+    stage("KID", gpus, 4 * (2 * plan.TEACHER + 2 * steps), *judge)  # the teacher has two seeds
     stage("export", 1, 0, "-m", "zimage.export", run, "--out", place / "export", *kind[2:])
-    began, made_of = time.time(), json.loads((run / "config.json").read_text())["data"]
-    steps, images = made_of["latents.steps"], run / "evaluation"
-    call = {"num_inference_steps": steps, "guidance_scale": made_of["latents.guidance"] - 1}
-    (teacher,) = images.glob(f"teacher@{steps}-*/seed-0")
-    compare(adapter.model_folder(model), teacher, prompts, options, **call)
+    began = time.time()
+    made_of = json.loads((run / "config.json").read_text())["data"]
+    call = {"num_inference_steps": made_of["latents.steps"]}
+    call["guidance_scale"] = made_of["latents.guidance"] - 1
+    (teacher,) = run.glob("evaluation/teacher@*/seed-0")
+    compare(adapter.model_folder(options.model), teacher, prompts, options, **call)
     if recipe.sampler == "euler":  # else diffusers draws noise that has no key
-        call = {"sigmas": list(times), "guidance_scale": 0}
-        (student,) = images.glob(f"student@{n}-*/seed-0")
+        call = {"sigmas": list(recipe.times), "guidance_scale": 0}
+        (student,) = run.glob("evaluation/student@*/seed-0")
         compare(place / "export", student, prompts, options, **call)
-    peak = torch.cuda.max_memory_allocated() / 1e9
-    show("stock ZImagePipeline", began, 4 * (plan.TEACHER + n), f"{peak:.3f}" if peak else "-", "-")
+    measured = torch.cuda.max_memory_allocated() / 1e9
+    show("stock ZImagePipeline", began, 4 * (plan.TEACHER + steps), measured)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return statistics.median(line["seconds"] for line in lines if "student_loss" in line)
 
@@ -172,10 +175,8 @@ def main(argv=None):
         seconds = rehearse(Path(place).absolute(), options, recipe, more, planned)
     best = planned.flops * recipe.batch / options.gpus / 1e12 / plan.CARDS[options.gpu][0]
     reached = f": {best / seconds:.0%} reached" if here else ""
-    print(
-        f"an iteration: {seconds:.2f} s, planned {best / 0.5:.2f} s at 50 % of the peak of "
-        f"{options.gpus} x {options.gpu} or {best / 0.4:.2f} s at 40 %{reached}"
-    )
+    half = f"planned {best / 0.5:.2f} s at 50 % of the peak of {options.gpus} x {options.gpu}"
+    print(f"an iteration: {seconds:.2f} s, {half} or {best / 0.4:.2f} s at 40 %{reached}")
     print(f"{options.out}: teacher as by the stock pipeline, student, untrained student\nready")
 
 
