@@ -60,10 +60,10 @@ def write(count, held_out, seed):
         drawn["held out" if held else "training"].append(text)
     texts = [(side, text) for side in wanted for text in drawn[side][: int(1.3 * wanted[side])]]
     kept, _ = clean(texts)
-    found = [[text for s, text in kept if s == side][: wanted[side]] for side in wanted]
-    enough = [len(texts) for texts in found] == list(wanted.values())
+    found = {side: [text for s, text in kept if s == side][:n] for side, n in wanted.items()}
+    enough = all(len(found[side]) == n for side, n in wanted.items())
     ladd.check(enough, f"--write {count}: the grammar has fewer that differ enough; ask for fewer")
-    return found[1], found[0]
+    return found["training"], found["held out"]
 
 
 def unify(text):
