@@ -132,14 +132,13 @@ def add_sampling_arguments(parser):
 
 def fill_in(options, run):
     """What was left out, from the run and the device; UserError where a value can't be."""
-    made_of, known = run.made_of, run.recipe.times
-    options.teacher_steps = options.teacher_steps or made_of["latents.steps"]
-    w = made_of["latents.guidance"] if options.guidance is None else options.guidance
+    options.teacher_steps = options.teacher_steps or run.made_of["latents.steps"]
+    w = run.made_of["latents.guidance"] if options.guidance is None else options.guidance
     check(1 <= w < float("inf"), f"--guidance {w}: give a number from 1 (no guidance)")
     options.guidance = w
-    options.steps = options.steps or [n for n in (4, 2, 1) if n <= len(known)]
+    options.steps = options.steps or [n for n in (4, 2, 1) if n <= len(run.recipe.times)]
     for n in options.steps:
-        ladd.step_times(known, n)
+        ladd.step_times(run.recipe.times, n)
     options.device = ladd.pick_device(options.device)
     options.dtype = options.dtype or ladd.default_dtype(options.device)
 

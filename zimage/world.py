@@ -198,11 +198,9 @@ class ZImageWorld(ladd.World):
 
     def anchor(self, x_t, t, cond):
         """The teacher's velocity, under the guidance that its samples were made with. 2 F"""
-
-        def no_prompt(cond):
-            return adapter.Prompts([self.nothing] * len(cond), cond.vector)
-
-        return ladd.guided(self.teacher, no_prompt, self.data.about["guidance"])(x_t, t, cond)
+        w = self.data.about["guidance"]
+        no_prompt = adapter.Prompts([self.nothing] * len(cond), cond.vector)
+        return ladd.guided(self.teacher, lambda _: no_prompt, w)(x_t, t, cond)
 
     def fingerprint(self):
         made_of = {f"latents.{k}": v for k, v in self.data.about.items()}
@@ -220,11 +218,12 @@ class ZImageWorld(ladd.World):
         the teacher's variance. They are to watch. The measure of quality is `feature_kid`.
         """
         x0, cond, noise = (v.to(self.device) for v in self.data.get(self.shown))
+        steps = [n for n in (1, 2, 4) if n <= len(self.recipe.times)]
         own = adapter.Prompts(self.captions, torch.zeros(len(self.captions), 0))
         own_noise = noise[torch.arange(len(own)) % len(noise)]
         columns, own_columns = {"teacher": x0}, {}
         metrics, collapse = {}, []
-        for n in [n for n in (1, 2, 4) if n <= len(self.recipe.times)]:
+        for n in steps:
             made = ladd.sample_student(student, self.recipe, noise, cond, n)
             columns[f"student@{n}"] = made
             if self.texts:
