@@ -120,8 +120,7 @@ def is_whole(folder, shard, made_of):
 class Latents:
     """The teacher's samples for training. Opening checks that every shard is there and whole.
 
-    about: what the data is made of. sizes: (h, w) of each sample's latent. lengths: tokens of its
-    caption.
+    about: what the data is made of. sizes: (h, w) of each latent. lengths: tokens of each caption.
     """
 
     def __init__(self, folder, vector="qwen"):

@@ -5,7 +5,7 @@
 Prompts -> precompute -> 4 iterations -> SIGKILL -> resume, 2 more -> sample -> KID -> export ->
 stock diffusers, each stage by the command that users run. It ends with "ready", or with what is
 wrong. All lies in a temporary folder beside the picture, which needs room for two checkpoints, two
-students and an export. The picture and a log stay.
+students and an export. The picture stays, and a log beside it.
 """
 
 import contextlib
@@ -156,8 +156,7 @@ def main(argv=None):
     add("--model", required=True, metavar="ID_OR_DIR", help="folder or hub name of the teacher")
     text = "GPUs, or processes where there is no CUDA (%(default)s)"
     add("--gpus", type=sample.positive, default=max(1, here), metavar="N", help=text)
-    text = "the picture (%(default)s); the log is beside it"
-    add("--out", type=Path, default=Path("rehearsal.png"), metavar="PNG", help=text)
+    add("--out", type=Path, default="rehearsal.png", metavar="PNG", help="picture (%(default)s)")
     add("--clip-model", metavar="ID_OR_DIR", help="the CLIP model of --recipe zimage-clip")
     own, more = parser.parse_known_args(argv)
     _, options, recipe = ladd.parse(["--zimage", *more])

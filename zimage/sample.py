@@ -123,8 +123,7 @@ def add_sampling_arguments(parser):
     add("--teacher-steps", type=positive, metavar="N", help="its steps (default: the data's)")
     text = "the teacher's w, 1 for none: guidance_scale + 1 (default: the data's)"
     add("--guidance", type=float, metavar="W", help=text)
-    text = "512 or WIDTHxHEIGHT in pixels, multiples of 16 (default: %(default)s)"
-    add("--resolution", type=adapter.parse_size, default="512", metavar="SIZE", help=text)
+    add("--resolution", type=adapter.parse_size, default="512", help="512 or 640x384 pixels (512)")
     add("--batch", type=positive, default=4, help="images per pass (default: %(default)s)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
     add("--dtype", choices=("bfloat16", "float32"), help="(default: the device's)")
