@@ -154,7 +154,8 @@ def trace(recipe, options, n, student_turn=True, config=None):
 
         world.batch = batch
         world.teacher(batch(0, 1)[0], torch.ones(1), batch(0, 1)[1])
-        found.forward, net.rope_embedder.freqs_cis = found.flops, None  # a LoRA's copy would warn
+        found.forward = found.flops
+        net.rope_embedder.freqs_cis = None  # a LoRA's copy would warn
         state = ladd.State(world, recipe, world.device, world.dtype)
         fixed = {
             "teacher": list(world.teacher.parameters()),
