@@ -128,9 +128,8 @@ def main(argv):
         about = {"kind": data.SHARD_KIND, "made_of": made_of, **shard}
         ladd.save_weights(out / shard["name"], tensors, about)
     state.wait_for_everyone()
-    if state.is_main_process:
-        for half in out.glob(".*.part"):  # a killed process left it
-            half.unlink()
+    for half in out.glob(".*.part") if state.is_main_process else ():  # a killed process left it
+        half.unlink()
     ladd.print0(f"{out}: all {len(shards)} shards are there")
 
 
