@@ -94,8 +94,7 @@ def parse_size(text):
     """--resolution as (height, width) in pixels: "512" is a square, "640x384" width x height."""
     sides = text.strip().lower().split("x")
     ok = len(sides) <= 2 and all(s.isdecimal() and int(s) and int(s) % 16 == 0 for s in sides)
-    why = f"--resolution: {text!r} is no size in multiples of 16 pixels"
-    check(ok, f"{why}; give 512 or WIDTHxHEIGHT")
+    check(ok, f"--resolution: {text!r} is no size in multiples of 16 pixels; give 512 or 640x384")
     return int(sides[-1]), int(sides[0])
 
 

@@ -61,8 +61,7 @@ def add_arguments(group):
     add = group.add_argument
     add("--model", metavar="ID_OR_DIR", help="the teacher (default: the one that made --data)")
     add("--data", metavar="DIR", help="what python -m zimage.precompute wrote")
-    text = f"prompts of your own, up to {GRID}, drawn at each judged point"
-    add("--grid-prompts", metavar="FILE", help=text)
+    add("--grid-prompts", metavar="FILE", help=f"up to {GRID} prompts of your own in a second grid")
     text = "shard the teacher over the ranks too (default: whole on each, 12.3 GB)"
     add("--teacher-sharded", action="store_true", help=text)
     text = "whose activations are computed again, not kept: slower, far less memory (both)"
@@ -130,8 +129,7 @@ class ZImageWorld(ladd.World):
         super().__init__(adapter.ZImageVelocity(teacher, self.dtype), recipe)
 
     def load_vae_and_encode(self, folder):
-        """The VAE draws the grids. Returns the text features [L, C] of the empty prompt, from which
-        guidance leads away, and of the user's own prompts."""
+        """Load the VAE, for grids. Text features [L, C] of the empty and the user's own prompts."""
         pipe = adapter.load_pipeline(folder, self.dtype, self.device, transformer=None)
         self.vae = pipe.vae
         return [c.cpu() for c in adapter.encode(pipe, ["", *self.texts])]
