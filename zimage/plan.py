@@ -142,7 +142,8 @@ def trace(recipe, options, n, student_turn=True, config=None):
             fsdp.shard(net, world.device, world.dtype, reshard_after_forward=None)
         net.to_empty(device="cpu").eval().requires_grad_(False)
         world.set_checkpointing(net, "teacher")
-        world.teacher, features = adapter.ZImageVelocity(net, world.dtype), net.config.cap_feat_dim
+        world.teacher = adapter.ZImageVelocity(net, world.dtype)
+        features = net.config.cap_feat_dim
         world.nothing = torch.empty(32, features)
 
         def batch(start, count):

@@ -152,7 +152,8 @@ def rehearse(place, options, recipe, more, planned):
 
 def main(argv=None):
     parser = ladd.Parser("python -m zimage.rehearse", description=__doc__)
-    add, here = parser.add_argument, torch.cuda.device_count()
+    add = parser.add_argument
+    here = torch.cuda.device_count()
     add("--model", required=True, metavar="ID_OR_DIR", help="folder or hub name of the teacher")
     text = "GPUs, or processes where there is no CUDA (%(default)s)"
     add("--gpus", type=sample.positive, default=max(1, here), metavar="N", help=text)

@@ -58,7 +58,8 @@ def figures(run, words, recipe, seed, options):
 
 def main(argv=None):
     parser = ladd.Parser("python -m zimage.sweep", description=__doc__)
-    add, here = parser.add_argument, max(1, torch.cuda.device_count())
+    add = parser.add_argument
+    here = max(1, torch.cuda.device_count())
     add("file", type=Path, metavar="FILE", help="the settings")
     add("--seeds", type=sample.numbers, default="0,1,2", metavar="N,N", help="each (%(default)s)")
     add("--gpus", type=sample.positive, default=here, metavar="N", help="of a run (%(default)s)")
