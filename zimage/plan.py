@@ -210,8 +210,8 @@ def plan(recipe, options, config=None):
     gpus, made, iterations = options.gpus, options.prompts, recipe.iterations
 
     def row(name, *cells):
-        cells = (c if isinstance(c, str) else f"{c:,.2f}" for c in cells)
-        return f"{name:<34}" + "".join(f"{c:>12}" for c in cells)
+        words = (c if isinstance(c, str) else f"{c:,.2f}" for c in cells)
+        return f"{name:<34}" + "".join(f"{word:>12}" for word in words)
 
     def hours(flops, disk=0):  # GPU-hours at 50 and at 40 % of the card's peak
         wait = gpus * disk / options.disk / 1e9
@@ -256,6 +256,6 @@ def plan(recipe, options, config=None):
     yield row(f"  hours on {gpus} GPUs", "", *(t / gpus for t in total))
     if options.price:
         yield row(f"  money at {options.price:g} an hour", "", *(t * options.price for t in total))
-    paid = [1 - (t - options.hours) / c for t, c in zip(total, table[0][1:], strict=True)]
-    paid = [f"{min(1, max(0, share)):.0%}" for share in paid]
+    spare = [1 - (t - options.hours) / c for t, c in zip(total, table[0][1:], strict=True)]
+    paid = [f"{min(1, max(0, share)):.0%}" for share in spare]
     yield row(f"  prompts paid by {options.hours:g} GPU-hours", "", *paid)

@@ -278,10 +278,10 @@ class ZImageWorld(ladd.World):
         features = {k: pair for part in parts for k, pair in part.items()}
         pairs = torch.stack([features[k] for k in sorted(features)]).double()  # [n, 2, C]
         real, n = pairs[:, 1], len(pairs)
-        pairs = ((pairs - real.mean(0)) / (real.std(0) + 1e-3)).numpy()
+        scaled = ((pairs - real.mean(0)) / (real.std(0) + 1e-3)).numpy()
         np.random.seed(0)  # clean-fid shuffles, which changes the last digits
-        few = [np.delete(pairs, k, 0) for k in range(n)]
-        kid, *kids = (kernel_distance(p[:, 0], p[:, 1], 1, n) for p in (pairs, *few))
+        few = [np.delete(scaled, k, 0) for k in range(n)]
+        kid, *kids = (kernel_distance(p[:, 0], p[:, 1], 1, n) for p in (scaled, *few))
         error = (n - 1) ** 0.5 * statistics.pstdev(kids)
         return {"feature_kid": kid, "feature_kid_error": error, "score": kid, "score_error": error}
 
