@@ -384,16 +384,14 @@ def draw(recipe, iteration, index, shape):
     """
     sides = 1 if recipe.share_noise else 2
     probs = recipe.warmup_probs if iteration < recipe.warmup else recipe.time_probs
-    which, z, noise = [], [], []
-    for k in index.tolist():
-        gen = generator(recipe.seed, iteration, k, "draw")
-        which.append(torch.multinomial(torch.tensor(probs), 1, generator=gen))
-        z.append(torch.randn(sides, generator=gen))
-        noise.append(torch.randn(1 + sides, *shape, generator=gen))
+    gens = [generator(recipe.seed, iteration, k, "draw") for k in index.tolist()]
+    which = [torch.multinomial(torch.tensor(probs), 1, generator=gen) for gen in gens]
     t = torch.tensor(recipe.times)[torch.cat(which)]  # [B]
-    t_hat = torch.sigmoid(recipe.renoise_mean + recipe.renoise_std * torch.stack(z))  # [B, sides]
+    z = torch.stack([torch.randn(sides, generator=gen) for gen in gens])
+    t_hat = torch.sigmoid(recipe.renoise_mean + recipe.renoise_std * z)  # [B, sides]
+    noise = torch.stack([torch.randn(1 + sides, *shape, generator=gen) for gen in gens])
     # With shared noise there are two noises: the last is both eps_hat and eps_real.
-    eps, eps_hat, eps_real = (torch.stack(noise)[:, k] for k in (0, 1, -1))  # [B, ...]
+    eps, eps_hat, eps_real = (noise[:, k] for k in (0, 1, -1))  # [B, ...]
     paired = ((index + 1) * recipe.paired_share).floor() > (index * recipe.paired_share).floor()
     draws = {"t": t, "eps": eps, "paired": paired, "t_hat": t_hat[:, 0], "eps_hat": eps_hat}
     return {**draws, "t_real": t_hat[:, -1], "eps_real": eps_real}
@@ -1151,10 +1149,9 @@ def recipe_from(cls, path):
 
 def numbered_folder(out):
     """Make the next free folder out/001, out/002, ... Two runs started at once get two."""
-    out.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         with contextlib.suppress(FileExistsError):
-            (out / f"{number:03d}").mkdir()
+            (out / f"{number:03d}").mkdir(parents=True)
             return out / f"{number:03d}"
 
 

@@ -194,7 +194,7 @@ def lines_of(pattern):
 
 
 def test_the_files_keep_to_their_budgets():
-    assert lines_of("ladd.py") <= 1237
+    assert lines_of("ladd.py") <= 1234
     assert lines_of("toy_mnist/*.py") <= 1700
     assert lines_of("zimage/*.py") <= 2200
     assert lines_of("tests/*.py") - lines_of("tests/faults.py") <= 4500
