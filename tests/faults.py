@@ -232,8 +232,8 @@ FAULTS = [
         8,
         "draws from the global generator",
         "ladd.py",
-        'gen = generator(recipe.seed, iteration, k, "draw")',
-        "gen = None",
+        'gens = [generator(recipe.seed, iteration, k, "draw") for k in index.tolist()]',
+        "gens = [None] * len(index)",
         "test_method.py::test_a_run_starts_from_the_teacher_and_repeats_bit_for_bit",
     ),
     Fault(
