@@ -702,8 +702,8 @@ FAULTS = [
         0,
         "the spread of t̂ is its square",
         "ladd.py",
-        "recipe.renoise_mean + recipe.renoise_std * torch",
-        "recipe.renoise_mean + recipe.renoise_std**2 * torch",
+        "recipe.renoise_mean + recipe.renoise_std * z",
+        "recipe.renoise_mean + recipe.renoise_std**2 * z",
         "test_method.py::test_t_hat_is_log_normal_in_sigma",
     ),
     Fault(
