@@ -792,8 +792,7 @@ def train(world, recipe, run, options=None, losses=None):
     """Distil into the folder `run`, which is made, or resumed. Returns the finished `State`.
 
     Works from a script, a notebook or a thread. UserError where the run can't start or go on.
-    losses: as in `train_step`. The world's teacher gets frozen, and torch's TF32 is on for bfloat16
-    alone.
+    losses: as in `train_step`. Freezes the world's teacher. Sets TF32: on for bfloat16 alone.
     """
     options, run = options or Options(), Path(os.path.expanduser(run))
     with contextlib.ExitStack() as stack:
@@ -1149,9 +1148,10 @@ def recipe_from(cls, path):
 
 def numbered_folder(out):
     """Make the next free folder out/001, out/002, ... Two runs started at once get two."""
+    out.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         with contextlib.suppress(FileExistsError):
-            (out / f"{number:03d}").mkdir(parents=True)
+            (out / f"{number:03d}").mkdir()
             return out / f"{number:03d}"
 
 

@@ -373,6 +373,13 @@ def test_of_two_starts_with_one_name_one_is_refused(tmp_path):
     assert config["recipe"]["seed"] == winner
 
 
+def test_an_out_that_leads_nowhere_is_an_error_and_not_tried_for_ever(tmp_path, monkeypatch):
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    monkeypatch.setattr(ladd.itertools, "count", lambda first: [first])
+    with pytest.raises(FileExistsError):
+        ladd.numbered_folder(tmp_path / "out")
+
+
 def test_two_starts_without_a_name_get_numbers_of_their_own(tmp_path):
     assert [code for code, _, _ in two_starts(tmp_path, "--iterations=2")] == [0, 0]
     for name in ("001", "002"):

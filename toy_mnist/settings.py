@@ -268,7 +268,7 @@ ABLATIONS = [
     Setting("paper", "ablations", PAPER, "the paper's method", "normed"),
 ]
 
-# What the report states for all of its experiments; the rest is the paper's method.
+# What the report states for all of its experiments, and the samples of 1; else the paper's method.
 REPORT = {**PAPER, "guidance": 4.0, "guidance_low": 0.0, "guidance_high": 1.0, "samples": 10_000}
 REPORT |= {"student_lr": 1e-4, "head_lr": 5e-5, "adv_weight": 0.1, "distill_weight": 1.0}
 NINE = ("enc.0", "enc.1", "enc.2", "enc.3", "mid.1", "dec.0", "dec.1", "dec.2", "dec.3")
