@@ -86,17 +86,23 @@ def make_manifest(options, argv, folder, clip):
         ladd.check(n <= adapter.MAX_TOKENS, f"--prompts: {prompt[:40]!r} ...: {why}; shorten it")
     config = ZImageTransformer2DModel.load_config(folder, subfolder="transformer")
     settings = ("steps", "guidance", "seed", "shard_size", "dtype", "clip")
-    made_of = {name: getattr(options, name) for name in settings}
-    made_of |= {"shift": pipe.scheduler.config.shift, "count": len(prompts)}
-    made_of["fingerprint"] = adapter.model_fingerprint(folder)
-    made_of["prompts"] = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
-    made_of["resolution"] = [f"{width}x{height}" for height, width in options.resolution]
-    made_of["vectors"] = {"qwen": config["cap_feat_dim"], **({"clip": clip.dim} if clip else {})}
-    command = "python -m zimage.precompute " + shlex.join(argv)
-    model = str(folder.resolve()) if Path(options.model).is_dir() else options.model
-    shards = data.plan_shards(lengths, options.resolution, options.shard_size)
-    manifest = {"kind": data.KIND, "command": command, "model": model, "made_of": made_of}
-    return {**manifest, "shards": shards}, prompts
+    made_of = {
+        "fingerprint": adapter.model_fingerprint(folder),
+        "shift": pipe.scheduler.config.shift,
+        "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+        "count": len(prompts),
+        "resolution": [f"{width}x{height}" for height, width in options.resolution],
+        "vectors": {"qwen": config["cap_feat_dim"], **({"clip": clip.dim} if clip else {})},
+        **{name: getattr(options, name) for name in settings},
+    }
+    manifest = {
+        "kind": data.KIND,
+        "command": "python -m zimage.precompute " + shlex.join(argv),
+        "model": str(folder.resolve()) if Path(options.model).is_dir() else options.model,
+        "made_of": made_of,
+        "shards": data.plan_shards(lengths, options.resolution, options.shard_size),
+    }
+    return manifest, prompts
 
 
 def main(argv):
