@@ -232,7 +232,7 @@ class Heads(nn.Module):
 
 
 def autocast(device, dtype):
-    """bfloat16 where dtype says so. No weight cache: after a step it would be stale."""
+    """bfloat16 where dtype says so. No weight cache: in a caller's autocast it goes stale."""
     return torch.autocast(device.type, torch.bfloat16, dtype == torch.bfloat16, cache_enabled=False)
 
 
@@ -311,7 +311,7 @@ class Recipe:
     paired_share: float = field(0.0, "share that starts from the noise that made x0", most=1)
     distill_weight: float = field(0.0, "weight of the squared error to a known target")
     distill_power: float = field(0.0, "divide that error by t to this power (2: an error of v)")
-    distill_own: bool = field(False, "other noise at t = 1 aims at the student's own sample, +1 F")
+    distill_own: bool = field(False, "unpaired at t = 1: aim at the student's own sample, +1 F")
     backward_simulation: bool = field(False, "at t < 1 start where its own steps lead, +1 F")
     ema_half_life: float = field(10_000.0, "half-life of the average, in samples (0 = no average)")
     ema_ramp: float = field(0.1, "half-life: at most this share of the samples so far", least=1e-6)
@@ -331,11 +331,11 @@ class Recipe:
             check(ok, f"{name} = {p}: give one probability per time; together they are 1")
 
 
-# What the recipes of both worlds share. First the game and the anchor: `ladd` and `zimage-ladd`.
+# What the worlds' recipes share. `ladd` and `zimage-ladd` use the game and the anchor, GAME.
 GAME = {"warmup": 0, "time_probs": (0.5, 0.2, 0.15, 0.15), "renoise_std": 1.5}
 GAME |= {"penalty_weight": 5.0, "misaligned_weight": 0.25, "anchor_weight": 1.0}
 GAME |= {"backward_simulation": True, "heads_see_t": True}
-# `toy` and `zimage` add targets, and halve the weight of the game.
+# `toy` and `zimage` use TARGETS too, which halve the weight of the game.
 TARGETS = {"adv_weight": 0.5, "paired_share": 0.5}
 TARGETS |= {"distill_weight": 1.0, "distill_power": 2.0, "distill_own": True}
 
@@ -373,7 +373,7 @@ class Batch:
     t_real: torch.Tensor  # [B] the time to which the real sample is re-noised
     eps_real: torch.Tensor  # [B, ...] and the noise
     x_t: torch.Tensor | None = None  # [B, ...] the student's input, filled in by `train_step`
-    real_logits: list | None = None  # [B, h, w] per tap, for losses that compare real and fake
+    real_logits: list | None = None  # [B, h, w] per tap, of the heads before their step
 
 
 def draw(recipe, iteration, index, shape):
@@ -485,7 +485,7 @@ def rows_of(mask):
 def heads_loss(state, world, recipe, b, real, fake):
     """Loss of the heads, and metrics. real, fake: maps [B, C, H, W] per tap, without gradient."""
     cond = world.head_cond(b.cond)
-    told_real, told_fake = (b.t_real, cond, b.t), (b.t_hat, cond, b.t)  # b.t: of the fake
+    told_real, told_fake = (b.t_real, cond, b.t), (b.t_hat, cond, b.t)  # real gets the fake's t
     real_logits, fake_logits = state.heads(real, *told_real), state.heads(fake, *told_fake)
     b.real_logits = [r.detach() for r in real_logits]
     loss = mean_over_heads(LOSSES[recipe.loss][0], real_logits, fake_logits)
@@ -506,15 +506,15 @@ def misaligned_loss(state, world, recipe, b, real_logits):
 
     This ties the heads to the condition (misaligned pairs, SANA-Sprint, arXiv 2503.09641). Places 0
     and 1, 2 and 3, ... of the joint batch exchange their conditions. The teacher gets the wrong
-    condition too. Else the heads could compare the condition that its features carry with the one
-    that they are given, and need not look at the sample.
+    condition too. Otherwise its features would carry the right one, and the heads could compare the
+    two conditions without a look at the sample.
     """
-    wrong = b.cond[(b.index ^ 1) - b.index[0]]
-    told = world.head_cond(wrong)
-    differs = (told != world.head_cond(b.cond)).any(1)  # [B]
+    wrong = b.cond[(b.index - b.index[0]) ^ 1]  # a micro-batch starts at an even place
+    wrong_cond = world.head_cond(wrong)
+    differs = (wrong_cond != world.head_cond(b.cond)).any(1)  # [B]
     with torch.no_grad():
         maps = world.features(interpolate(b.real, b.eps_real, b.t_real), b.t_real, wrong)
-    logits = state.heads(maps, b.t_real, told, b.t)
+    logits = state.heads(maps, b.t_real, wrong_cond, b.t)
     return mean_over_heads(lambda w, r: F.softplus(w - r) * expand(differs, w), logits, real_logits)
 
 
@@ -535,9 +535,9 @@ def student_loss(state, world, recipe, b, fake, x0_hat):
 def distillation_loss(student, recipe, b, x0_hat):
     """DEPARTURE: squared error of the guess to a known target, divided by t^distill_power.
 
-    Stored noise: the target is x0, the teacher's sample that was made from it.
-    Other noise at t = 1: with distill_own where all of the student's steps lead; else none.
-    Other noise at t < 1: the x0 that it was added to; with backward simulation none.
+    Paired (stored noise): the target is x0, the teacher's sample that was made from it.
+    Unpaired at t = 1: with distill_own where all of the student's steps lead; else none.
+    Unpaired at t < 1: the x0 that the noise was added to; with backward simulation none.
     """
     known = b.paired | ((b.t < 1) & (not recipe.backward_simulation))
     target = b.x0
@@ -635,17 +635,17 @@ def reader_indices(n, start, count, seed):
 
 
 class World:
-    """Teacher, data and evaluation. Your own must define `batch`; the rest has defaults."""
+    """Teacher, data and evaluation. Your own must define `batch`, and its recipe taps."""
 
     reference = None  # the recipe that config.json lists the differences from (None: Recipe())
-    head = Head  # the class of the heads
+    head = Head  # the class of each head: one built and called like `Head`
 
     def __init__(self, teacher, recipe):
         """teacher: nn.Module velocity(x_t [B, ...], t [B], cond) -> v [B, ...], float32."""
         self.teacher, self.recipe = teacher, recipe
 
     def make_student(self):
-        """The network to train. Its weights are float32: coarser ones would lose small updates."""
+        """The network to train. Keep its weights float32: coarser ones would lose small updates."""
         return copy.deepcopy(self.teacher).requires_grad_(True).train()
 
     def features(self, x_t, t, cond):
@@ -688,7 +688,7 @@ class World:
         save_weights(Path(run) / f"{name}.safetensors", student.state_dict(), {"kind": "student"})
 
     def finish(self, student, run):
-        """The command line's end (`train` has none): save the student, and report on it."""
+        """The command line calls it after `train`: save the student, and report on it."""
         self.save(student, run)
 
 
@@ -709,8 +709,8 @@ class State:
             maps = [torch.cat([part.pop(0) for part in parts]) for _ in taps]  # frees as it goes
             for m in maps:
                 check(m.ndim == 4, f"taps: one gives {list(m.shape)}, not a map [B, C, H, W]")
-            told = (world.head_cond(b.cond).shape[1], recipe.head_width, recipe.heads_see_t)
-            self.heads = Heads(maps, *told, dtype, world.head).to(device)
+            shape = (world.head_cond(b.cond).shape[1], recipe.head_width, recipe.heads_see_t)
+            self.heads = Heads(maps, *shape, dtype, world.head).to(device)
             # All ranks take rank 0's heads: devices may differ in the rounding of constants.
             for v in self.heads.state_dict().values() if world_size() > 1 else ():
                 dist.broadcast(v, 0)
@@ -731,7 +731,7 @@ class State:
 
 
 def adamw(model, recipe):
-    """AdamW with a state from the start. Else saving a checkpoint would take a step to make one."""
+    """AdamW with a state from the start; else `get_state_dict` would take a step to make it."""
     fused = next(model.parameters()).is_cuda or None  # torch's default makes large temporaries
     betas = (recipe.beta1, recipe.beta2)
     opt = torch.optim.AdamW(model.parameters(), 0.0, betas, weight_decay=0.0, fused=fused)
@@ -750,7 +750,7 @@ class EMA:
 
     def __init__(self, model, half_life, ramp):
         self.half_life, self.ramp = half_life, ramp
-        self.mean = [p.detach().clone() for p in model.parameters()] if half_life else []
+        self.mean = [p.detach().clone() for p in model.parameters() if half_life]
 
     @torch.no_grad()
     def update(self, model, seen, new):
@@ -863,8 +863,8 @@ def claim(run, config, resume, stack):
         check(not words, f"--resume: {run} was made otherwise: {words}; start a new run")
         done = max(checkpoints(run), default=0)
         check(done <= asked, f"iterations = {asked}: {run} has done {done}")
-    for part in run.glob(".*.part"):  # left by a killed process
-        shutil.rmtree(part) if part.is_dir() else part.unlink()
+    for part in list(run.rglob(".*.part")):  # left by a killed process, in samples/ too
+        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
 
 
 def diff(new, old):
@@ -944,7 +944,7 @@ def mean_over_ranks_(tensors):
 
 
 # ---- 12. Files: written under another name, then renamed, so a kill never leaves half a file -----
-# Not so metrics.jsonl and checkpoints. A checkpoint is complete once it has .metadata.
+# metrics.jsonl and checkpoints are written in place. A checkpoint with .metadata is complete.
 
 
 @contextlib.contextmanager
@@ -1027,7 +1027,7 @@ def snapshot(state):
 
 def restore(state, run):
     """Fill state from the run's newest checkpoint, if any. Returns the iterations done."""
-    saved, done = load_checkpoint(run, snapshot(state))  # the average is filled in place
+    saved, done = load_checkpoint(run, snapshot(state))  # fills state.ema.mean in place
     for name in ("student", "heads") if done else ():
         dicts = {"model_state_dict": saved[name], "optim_state_dict": saved[f"{name}_opt"]}
         set_state_dict(getattr(state, name), getattr(state, f"{name}_opt"), **dicts)
@@ -1054,7 +1054,7 @@ def type_fields(instance):
 def typed(f, value):
     """value as dataclass field f declares it, parsed where it is text. UserError if it can't be."""
     is_tuple = typing.get_origin(f.type) is tuple
-    kind, meta = typing.get_args(f.type)[0] if is_tuple else f.type, f.metadata
+    meta, kind = f.metadata, typing.get_args(f.type)[0] if is_tuple else f.type
     if is_tuple and isinstance(value, str):
         value = [v for v in value.split(",") if v]
     items = value if is_tuple and isinstance(value, (tuple, list)) else [value]
@@ -1086,7 +1086,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv):
-    """(the world's module, options, recipe) of a command line, whose own fields win."""
+    """(the world's module, options, recipe) of a command line. Its fields override the recipe's."""
     module = importlib.import_module("zimage.world" if "--zimage" in argv else "toy_mnist.world")
     parser = Parser("ladd.py", description=__doc__.split("This file")[0])
     which = parser.add_mutually_exclusive_group(required=True)

@@ -34,8 +34,7 @@ class Killed(BaseException):
 
 def train(run, world=None, recipe=RECIPE, losses=(ladd.heads_loss, ladd.student_loss), **options):
     options = {"evaluate_every": 0, "checkpoint_every": 2, "log_every": 1, **options}
-    world = world or tiny.World(recipe)
-    return ladd.train(world, recipe, run, ladd.Options(**options), losses)
+    return ladd.train(world or tiny.World(recipe), recipe, run, ladd.Options(**options), losses)
 
 
 MEASURED = {"seconds", "samples_per_second", "peak_gb"}

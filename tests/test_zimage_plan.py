@@ -168,6 +168,6 @@ def test_the_page_adds_up_and_writes_nothing(tmp_path, monkeypatch):
     whole = 16 * sum(p.numel() for p in fsdp.skeleton(CONFIG).parameters())  # in both parts
     checkpoints = 2 * 20 * whole / 1e3 / 3600  # GPU-hours for 20, at a KB/s
     assert float(rows["20 checkpoints"][1]) == pytest.approx(checkpoints, rel=0.02)
-    for gpus in (3, 16):
-        with pytest.raises(ladd.UserError, match=f"give each of --gpus {gpus} an even number"):
-            next(plan.plan(RECIPE, options(f"--gpus {gpus}"), CONFIG))
+    for wrong in ("--gpus 3", "--gpus 16", "--prompts 0"):
+        with pytest.raises(ladd.UserError, match=rf"{wrong}( an even number|: give at least 1)"):
+            next(plan.plan(RECIPE, options(wrong), CONFIG))

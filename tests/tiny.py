@@ -77,6 +77,7 @@ class World(ladd.World):
         """An evaluation that changes the global generator, as a careless one would."""
         torch.manual_seed(step)
         x = ladd.sample_euler(student, torch.randn(4, *SHAPE), [1, 0.5], self.cond[:4])
+        ladd.write_json(run / f"samples/{step}.json", x.tolist())  # in the place of a grid
         return {"spread": float(x.std()), "score": float(x.std()), "collapse": self.collapse}
 
 
