@@ -542,8 +542,8 @@ FAULTS = [
         0,
         "a failed write leaves half a file",
         "ladd.py",
-        "        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)",
-        "        pass",
+        "finally:\n        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)",
+        "finally:\n        pass",
         "test_run.py::test_a_failed_write_leaves_the_old_file_and_nothing_beside_it",
     ),
     Fault(
