@@ -709,8 +709,8 @@ class State:
             maps = [torch.cat([part.pop(0) for part in parts]) for _ in taps]  # frees as it goes
             for m in maps:
                 check(m.ndim == 4, f"taps: one gives {list(m.shape)}, not a map [B, C, H, W]")
-            shape = (world.head_cond(b.cond).shape[1], recipe.head_width, recipe.heads_see_t)
-            self.heads = Heads(maps, *shape, dtype, world.head).to(device)
+            settings = (world.head_cond(b.cond).shape[1], recipe.head_width, recipe.heads_see_t)
+            self.heads = Heads(maps, *settings, dtype, world.head).to(device)
             # All ranks take rank 0's heads: devices may differ in the rounding of constants.
             for v in self.heads.state_dict().values() if world_size() > 1 else ():
                 dist.broadcast(v, 0)
