@@ -142,7 +142,7 @@ class Judge:
         self.net.to(device).eval().requires_grad_(False)
         self.device = device
         tensors, _ = load_file(weights, "reference")
-        self.reference, self.curve_reference = tensors["features"], tensors["curve"]
+        self.reference, self.curve_reference = (tensors[k].float() for k in ("features", "curve"))
         self.floor = {int(n): distance for n, distance in figures["floor"].items()}
         self.curve_floor = figures["curve_floor"]
 
