@@ -1,6 +1,7 @@
 """Lets the tests and the processes that they start find ladd.py and the helpers from any folder.
 
-One thread each: the models are tiny, and the files run side by side.
+One thread each: the models are tiny, and the files run side by side. GPUs are hidden unless
+CUDA_VISIBLE_DEVICES names some: two ranks would not find one each everywhere.
 """
 
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 HERE = Path(__file__).resolve().parent
 PLACES = [str(HERE.parent), str(HERE)]
 sys.path[:0] = PLACES

@@ -804,6 +804,22 @@ FAULTS = [
     ),
     Fault(
         0,
+        "the teacher lies in memory twice while it is loaded",
+        "zimage/fsdp.py",
+        "weights.pop(name,",
+        "weights.get(name,",
+        "test_zimage.py::test_features_bear_sharding_checkpointing_and_a_cut",
+    ),
+    Fault(
+        0,
+        "KID of the toy in half precision",
+        "toy_mnist/judge.py",
+        "(tensors[k].float() for",
+        "(tensors[k] for",
+        "test_toy.py::test_shipped_judge_sees_bars_wrong_labels_and_one_colour",
+    ),
+    Fault(
+        0,
         "a rehearsal takes any image for the stock pipeline's",
         "zimage/rehearse.py",
         "check(apart < (1 if",

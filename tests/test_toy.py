@@ -344,7 +344,7 @@ def test_shipped_judge_sees_bars_wrong_labels_and_one_colour(judge):
     judged = judge(x, label)
     assert judged["fid"] == pytest.approx(toy_judge.frechet(f, judge.reference))
     assert judged["fid"] > 10 * judge.floor[1000] and judged["hue_entropy"] == 0
-    assert judged["kid"] == pytest.approx(toy_judge.kernel(f, judge.reference))
+    assert judged["kid"] == pytest.approx(toy_judge.kernel(f.double(), judge.reference.double()))
     own = judge.net.heads(f)[0].argmax(1)
     curve, wrong = judge(x, own, curve=True), judge(x, (own + 1) % 10, curve=True)
     assert curve["accuracy"] == 1 and wrong["accuracy"] == 0 and "kid" not in curve

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import types
+import weakref
 from pathlib import Path
 from unittest import mock
 
@@ -25,10 +26,8 @@ from zimage.adapter import Prompts, ZImageVelocity
 
 FORKS.set_forkserver_preload(["test_zimage"])
 BATCH = 12
-TINY = [
-    *("--taps", "1,3", "--head-width", "16", "--batch", str(BATCH), "--dtype", "float32"),
-    *("--device", "cpu", "--log-every", "1", "--evaluate-every", "0", "--lr-warmup", "0"),
-]
+TINY = f"--taps 1,3 --head-width 16 --batch {BATCH} --dtype float32 --device cpu".split()
+TINY += "--lr-warmup 0 --log-every 1 --evaluate-every 0 --checkpoint-every 2".split()
 PROMPTS = ["a red fox", "a harbour in the evening, with three boats and a lighthouse behind", "tea"]
 
 
@@ -60,10 +59,6 @@ def no_group():
 def job(model, data, out, *more):
     folders = ["--model", str(model), "--data", str(data), "--out", str(out), "--name", "a"]
     return ["--zimage", "--iterations", "1", *folders, *TINY, *map(str, more)]
-
-
-def distil(model, data, out, *more):
-    return ladd.main(job(model, data, out, *more))
 
 
 def checkpoint(run):
@@ -151,9 +146,12 @@ def test_features_hold_image_tokens_alone_in_a_mixed_batch(model, data, pipe):
 
 
 def load(model, sharded):
-    folder = model / "transformer"
+    folder, alive, counts = model / "transformer", weakref.WeakSet(), set()
     config = fsdp.ZImageTransformer2DModel.load_config(folder)
-    return fsdp.load_teacher(folder, config, torch.float32, tiny.CPU, sharded)
+    with mock.patch.object(dist, "broadcast", lambda w, _: counts.add(alive.add(w) or len(alive))):
+        teacher = fsdp.load_teacher(folder, config, torch.float32, tiny.CPU, sharded)
+    assert counts == {1}, "there may be no room for a second copy of more than one weight"
+    return teacher
 
 
 def features_and_gradient(net, x, t, cond):
@@ -214,10 +212,10 @@ def test_a_sharded_student_samples_with_its_average_after_a_pass_without_gradien
 def alone(model, data, tmp_path_factory):
     """Six iterations on one rank, checkpointed at 2, 4 and 6, with an evaluation."""
     out = tmp_path_factory.mktemp("alone")
-    often = ["--checkpoint-every", 2, "--evaluate-every", 4, "--keep", 3]
+    often = ["--evaluate-every", 4, "--keep", 3]
     (out / "own.txt").write_text("a fox\na harbour\n")
     often += ["--grid-prompts", out / "own.txt"]
-    assert distil(model, data, out, "--iterations", 6, "--gen-every", 2, *often) == 0
+    assert ladd.main(job(model, data, out, "--iterations", 6, "--gen-every", 2, *often)) == 0
     return out / "a"
 
 
@@ -243,7 +241,7 @@ def test_the_whole_job(alone, pipe):
 def test_bfloat16_computes_and_float32_learns(model, data, tmp_path):
     """Weights in bfloat16 would round an update of 5e-6 away."""
     more = ["--dtype", "bfloat16", "--teacher-sharded", "--checkpointing=none", "--gen-every", 1]
-    assert distil(model, data, tmp_path, "--iterations", 2, *more) == 0
+    assert ladd.main(job(model, data, tmp_path, "--iterations", 2, *more)) == 0
     state, moved, total = checkpoint(tmp_path / "a"), 0, 0
     for k, w in tiny_zimage.transformer().state_dict().items():
         change = (state[f"student.transformer.{k}"] - w.bfloat16()).abs()
@@ -304,7 +302,7 @@ def adapted(model, data, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ladd, "train", keep)
-        assert distil(model, data, out, "--iterations", 4, "--checkpoint-every", 2, *LORA) == 0
+        assert ladd.main(job(model, data, out, "--iterations", 4, *LORA)) == 0
     return types.SimpleNamespace(run=out / "a", **kept)
 
 
@@ -346,7 +344,7 @@ def test_killed_and_resumed_is_never_killed(alone, adapted, model, data, tmp_pat
     run = alone if options is FULL else adapted.run
     shutil.copytree(run, tmp_path / "a")
     shutil.rmtree(tmp_path / "a" / "checkpoints" / f"step-{gone:07d}")
-    assert distil(model, data, tmp_path, *options, "--checkpoint-every", 2, "--resume") == 0
+    assert ladd.main(job(model, data, tmp_path, *options, "--resume")) == 0
     a, b = checkpoint(run), checkpoint(tmp_path / "a")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -437,7 +435,7 @@ def together(model, data, tmp_path_factory):
     """Gradients and KID of 2 and 3 ranks, and a run that 2 ranks begin, 1 resumes and 3 end."""
     runs, found = tmp_path_factory.mktemp("together"), {}
     for ranks, iterations in ((2, 2), (1, 4), (3, 6)):
-        more = ["--gen-every", 2, "--checkpoint-every", 2, "--iterations", iterations]
+        more = ["--gen-every", 2, "--iterations", iterations]
         argv = job(model, data, runs, *more, "--resume", "--evaluate-every", 5)
         argv += ["--teacher-sharded"] * (ranks == 3)
         if ranks == 1:

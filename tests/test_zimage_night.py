@@ -81,10 +81,10 @@ def test_a_rehearsal_goes_the_whole_path(
     rows = {line[:28].strip(): line[28:].split()[2:] for line in said if line[28:38].strip()}
     assert list(rows)[1:8] == [*names.split("|"), "stock ZImagePipeline"]
     planned = [" ".join(row) for row in [*rows.values()][1:4]]
-    assert planned == ["0.0 s - -", "8.0 s - 7.000", "4.0 s - 7.000"]
+    assert planned == ["0.0 s - -", "16.0 s - 7.000", "8.0 s - 7.000"]
     assert f"by each of {gpus} ranks" in log and log.count("going on from") == 1
     assert [log.count(f"iteration {i} of 6") for i in (1, 2, 3, 4, 6)] == [1] * 5
-    assert "planned 2.00 s at 50 % of the peak" in said[-3] and "2.50 s at 40 %" in said[-3]
+    assert "; 4.00 s at 25% of the peak of" in said[-3]
     left = {path.name for path in tmp_path.iterdir()} - {"clip"}
     assert left == {"all.log", "all.png"}
     with Image.open(tmp_path / "all.png") as picture:

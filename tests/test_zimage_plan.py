@@ -137,7 +137,7 @@ def test_the_plan_follows_checkpointing_of_student_and_teacher(rank):
     assert [found[0].flops - found[1].flops, found[1].flops - found[2].flops] == [teacher, blocks]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU to measure on")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or hidden by conftest.py")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_peak_is_what_a_gpu_measures(checkpointing):
     wide = {"dim": 1536, "n_heads": 12, "n_kv_heads": 12, "axes_dims": [32, 48, 48]}
@@ -160,7 +160,7 @@ def test_the_page_adds_up_and_writes_nothing(tmp_path, monkeypatch):
     page = "\n".join(plan.plan(RECIPE, words, CONFIG))
     rows = {line[:34].strip(): line[34:].replace(",", "").split() for line in page.split("\n")}
     prompts, money = float(rows["1,000,000,000 prompts"][1]), float(rows["money at 3 an hour"][0])
-    assert prompts == pytest.approx(1e11 * forward() / (0.5 * 312e12) / 3600, abs=0.01)
+    assert prompts == pytest.approx(1e11 * forward() / (0.4 * 312e12) / 3600, abs=0.01)
     judged = float(rows["3 judged points"][1])
     assert judged == pytest.approx(prompts * 3 * 64 * 1e9 / 1e11, rel=5e-3)
     assert money == pytest.approx(3 * float(rows["together"][1]), abs=0.02)

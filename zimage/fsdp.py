@@ -7,7 +7,6 @@ is a group of one, so there is one code path.
 import torch
 import torch.distributed as dist
 from diffusers import ZImageTransformer2DModel
-from torch.distributed.checkpoint import state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -46,9 +45,21 @@ def load_teacher(folder, config, dtype, device, sharded):
         # The root stays gathered: FSDP can't gather it for a backward pass that begins at a tap.
         shard(model, device, dtype, reshard_after_forward=None)
     model.to_empty(device=device)
-    options = state_dict.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    state_dict.set_model_state_dict(model, weights, options=options)
+    for name, p in model.state_dict().items():  # one by one: a GPU may have no room for all twice
+        w = weights.pop(name, torch.empty(p.shape, dtype=p.dtype)).to(device)
+        dist.broadcast(w, 0)
+        fill(p, w)
     return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def fill(p, w):
+    """Copy w into p. Each rank has p whole or a part of it, and w whole or the same part."""
+    if isinstance(p, DTensor):
+        if not isinstance(w, DTensor):
+            w = distribute_tensor(w, p.device_mesh, p.placements, src_data_rank=None)
+        p, w = p.to_local(), w.to_local()
+    p.copy_(w)
 
 
 def make_student(teacher, device, compute_dtype):
@@ -60,18 +71,14 @@ def make_student(teacher, device, compute_dtype):
     shard(student, device, compute_dtype, reshard_after_forward=True)
     student.to_empty(device=device)
     for p, w in zip(student.parameters(), teacher.parameters(), strict=True):
-        if not isinstance(w, DTensor):
-            w = distribute_tensor(w, p.device_mesh, p.placements, src_data_rank=None)
-        p.to_local().detach().copy_(w.to_local())
+        fill(p, w)
     return student.train()
 
 
 def gather(transformer, dtype):
-    """The whole transformer in dtype, on rank 0's CPU; None elsewhere. All ranks must call it."""
-    options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = state_dict.get_model_state_dict(transformer, options=options)
-    if ladd.rank() > 0:
-        return None
+    """The whole transformer in dtype: on rank 0's CPU, elsewhere without values. All must call."""
+    place = "cpu" if ladd.rank() == 0 else "meta"
+    weights = {k: p.full_tensor().to(place, dtype) for k, p in transformer.state_dict().items()}
     whole = skeleton(transformer.config)
-    whole.load_state_dict({k: v.to(dtype) for k, v in weights.items()}, assign=True)
+    whole.load_state_dict(weights, assign=True)
     return whole

@@ -4,8 +4,7 @@
 
 Prompts -> precompute -> 4 iterations -> SIGKILL -> resume, 2 more -> sample -> KID -> export ->
 stock diffusers, each stage by the command that users run. It ends with "ready", or with what is
-wrong. All lies in a temporary folder beside the picture, which needs room for two checkpoints, two
-students and an export. The picture stays, and a log beside it.
+wrong. A temporary folder beside the picture holds all: two checkpoints, two students, an export.
 """
 
 import contextlib
@@ -92,8 +91,8 @@ def rehearse(place, options, recipe, more, planned):
     log.write_text("")
 
     def show(name, began, passes, peak, planned_peak=0):  # peaks in GB, 0 for none
-        at_half = passes * planned.forward / (0.5e12 * plan.CARDS[options.gpu][0])
-        seconds = time.time() - began, at_half
+        best = passes * planned.forward / 1e12 / plan.CARDS[options.gpu][0]
+        seconds = time.time() - began, best / plan.REACHED[1]
         cells = [f"{s:.1f} s" if s < 60 else f"{s / 60:.1f} min" for s in seconds]
         cells += [f"{gb:.3f}" if gb else "-" for gb in (peak, planned_peak)]
         print(f"{name:<28}" + "".join(f"{cell:>10}" for cell in cells), flush=True)
@@ -175,8 +174,8 @@ def main(argv=None):
         seconds = rehearse(Path(place).absolute(), options, recipe, more, planned)
     best = planned.flops * recipe.batch / options.gpus / 1e12 / plan.CARDS[options.gpu][0]
     reached = f": {best / seconds:.0%} reached" if here else ""
-    half = f"planned {best / 0.5:.2f} s at 50 % of the peak of {options.gpus} x {options.gpu}"
-    print(f"an iteration: {seconds:.2f} s, {half} or {best / 0.4:.2f} s at 40 %{reached}")
+    likely = f"{best / plan.REACHED[1]:.2f} s at {plan.REACHED[1]:.0%} of the peak"
+    print(f"an iteration: {seconds:.2f} s; {likely} of {options.gpus} x {options.gpu}{reached}")
     print(f"{options.out}: teacher as by the stock pipeline, student, untrained student\nready")
 
 

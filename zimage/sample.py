@@ -2,9 +2,8 @@
 
     python -m zimage.sample RUN
 
-The untrained student is the base model run in the student's steps, without guidance: what the
-student was before its training. All noise is keyed by (seed, the prompt's index), so an image is
-the same, up to rounding, in whatever batch or process it is made.
+The untrained student is the base model run in the student's steps, without guidance. Noise is
+keyed by (seed, the prompt's index): in any batch or process an image is the same, up to rounding.
 """
 
 import argparse

@@ -4,8 +4,7 @@
 
 A line of FILE is a setting, its name and then options of ladd.py: `m-0 --renoise-mean 0`. # begins
 a comment. results.tsv gets a line per setting, "kept" where its mean KID is under the untrained
-student's by more than the standard deviation over the seeds. The same command goes on where it was
-stopped: what has a result is not run again.
+student's by more than the standard deviation over the seeds. To go on, repeat the command.
 """
 
 import hashlib

@@ -212,8 +212,8 @@ class ZImageWorld(ladd.World):
         """A grid: the student by 1, 2 and 4 steps from the noise that the teacher's latents have.
         With --grid-prompts a second one, STEP-own.png.
 
-        variance@N of its latents, and distance@N: squared, to the teacher's. Both are divided by
-        the teacher's variance. They are to watch. The measure of quality is `feature_kid`.
+        To watch: variance@N of its latents and distance@N, squared, to the teacher's, both divided
+        by the teacher's variance. The measure of quality is `feature_kid`.
         """
         x0, cond, noise = (v.to(self.device) for v in self.data.get(self.shown))
         steps = [n for n in (1, 2, 4) if n <= len(self.recipe.times)]
@@ -231,8 +231,7 @@ class ZImageWorld(ladd.World):
             metrics[f"distance@{n}"] = float((made - x0).square().mean() / x0.var())
             if not 0.5 <= variance <= 2:
                 collapse.append(f"variance@{n} {variance:.2f} is outside of 0.5 .. 2")
-        # The mean distance of samples in the last tap's features, of the student's divided by that
-        # of the teacher's. It falls as the student's grow alike.
+        # Mean distance of samples at the last tap, by the teacher's: it falls as they grow alike.
         maps = [self.half_noised(x, cond).flatten(1) for x in (made, x0)]
         fake, real = (torch.pdist(f).mean() for f in maps)
         diversity = metrics["feature_diversity"] = float(fake / real)
@@ -240,8 +239,7 @@ class ZImageWorld(ladd.World):
             collapse.append(f"feature_diversity {diversity:.2f} is under {LEAST_DIVERSITY}")
         metrics |= self.feature_kid(student)
         grids = {"": (columns, [f"sample {k}" for k in self.shown])}
-        if self.texts:
-            grids["-own"] = own_columns, self.texts
+        grids |= {"-own": (own_columns, self.texts)} if self.texts else {}
         for name, (latents, texts) in grids.items() if ladd.rank() == 0 else ():
             images = {title: adapter.decode(self.vae, z) for title, z in latents.items()}
             draw_grid(run / "samples" / f"{step:07d}{name}.png", images, texts)
