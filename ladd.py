@@ -1177,11 +1177,11 @@ def default_dtype(device):
 def distil(argv):
     """Parse, build, train, finish."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # under torchrun
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     module, options, recipe = parse(argv)
     device = pick_device(options.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # for NCCL
     options.dtype = options.dtype or default_dtype(device)
     run_options = dataclasses.replace(module.OPTIONS, **given(options, Options))
     world = module.make_world(recipe, options, device)

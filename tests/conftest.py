@@ -1,7 +1,7 @@
 """Lets the tests and the processes that they start find ladd.py and the helpers from any folder.
 
-One thread each: the models are tiny, and the files run side by side. GPUs are hidden unless
-CUDA_VISIBLE_DEVICES names some: two ranks would not find one each everywhere.
+One thread each: the models are tiny, and the files run side by side. GPUs are hidden. To measure on
+one: CUDA_VISIBLE_DEVICES=0 python -m pytest -k gpu_measures
 """
 
 import os

@@ -84,7 +84,7 @@ def test_a_rehearsal_goes_the_whole_path(
     assert planned == ["0.0 s - -", "16.0 s - 7.000", "8.0 s - 7.000"]
     assert f"by each of {gpus} ranks" in log and log.count("going on from") == 1
     assert [log.count(f"iteration {i} of 6") for i in (1, 2, 3, 4, 6)] == [1] * 5
-    assert "; 4.00 s at 25% of the peak of" in said[-3]
+    assert ", planned 4.00 s at 25 % of the peak of" in said[-3]
     left = {path.name for path in tmp_path.iterdir()} - {"clip"}
     assert left == {"all.log", "all.png"}
     with Image.open(tmp_path / "all.png") as picture:

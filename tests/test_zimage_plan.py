@@ -137,7 +137,7 @@ def test_the_plan_follows_checkpointing_of_student_and_teacher(rank):
     assert [found[0].flops - found[1].flops, found[1].flops - found[2].flops] == [teacher, blocks]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or hidden by conftest.py")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU; see tests/conftest.py")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_peak_is_what_a_gpu_measures(checkpointing):
     wide = {"dim": 1536, "n_heads": 12, "n_kv_heads": 12, "axes_dims": [32, 48, 48]}

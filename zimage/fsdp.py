@@ -45,8 +45,9 @@ def load_teacher(folder, config, dtype, device, sharded):
         # The root stays gathered: FSDP can't gather it for a backward pass that begins at a tap.
         shard(model, device, dtype, reshard_after_forward=None)
     model.to_empty(device=device)
-    for name, p in model.state_dict().items():  # one by one: a GPU may have no room for all twice
-        w = weights.pop(name, torch.empty(p.shape, dtype=p.dtype)).to(device)
+    for name, p in model.state_dict().items():  # one by one: there may be no room for all twice
+        shape = {"size": p.shape, "dtype": p.dtype, "device": device}
+        w = weights.pop(name).to(device) if weights else torch.empty(**shape)
         dist.broadcast(w, 0)
         fill(p, w)
     return model.eval().requires_grad_(False)
@@ -54,7 +55,7 @@ def load_teacher(folder, config, dtype, device, sharded):
 
 @torch.no_grad()
 def fill(p, w):
-    """Copy w into p. Each rank has p whole or a part of it, and w whole or the same part."""
+    """Copy w into p. Where a rank has a part of p, it has w whole or the same part of it."""
     if isinstance(p, DTensor):
         if not isinstance(w, DTensor):
             w = distribute_tensor(w, p.device_mesh, p.placements, src_data_rank=None)

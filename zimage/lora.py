@@ -65,10 +65,7 @@ def merged(transformer):
 
 
 def save(transformer, folder, model, call, more):
-    """LoRA's weights alone, for `ZImagePipeline.load_lora_weights(folder)`, and how to sample them.
-
-    model: the base model. call, more: arguments of its pipeline and its scheduler, for the card.
-    """
+    """LoRA's weights alone, for `ZImagePipeline.load_lora_weights(folder)`, and CARD, filled in."""
     with ladd.replacing(folder) as part:
         layers = get_peft_model_state_dict(transformer)
         ZImagePipeline.save_lora_weights(part, transformer_lora_layers=layers)

@@ -31,7 +31,7 @@ from zimage import world as zworld  # which imports this module
 # whitepaper. torch finds 5 % more than GB * 1e9 bytes, which is left to CUDA, NCCL and fragments.
 CARDS = {"a100-40g": (312, 40), "a100-80g": (312, 80), "h100": (989, 80), "h200": (989, 141)}
 CARDS |= {"l40s": (362, 45), "4090": (165, 24)}
-REACHED = 0.4, 0.25  # of a card's peak: a hope, and what an H200 reached (docs/zimage.md)
+REACHED = 0.4, 0.25  # of a card's peak: a hope, and about what an H200 reached (docs/zimage.md)
 CAPTION = 96  # tokens of a prompt, padded
 TEACHER = 2 * 50  # passes of a sample of zimage.precompute: 50 steps, with guidance
 # Passes of a judged point: each GPU makes the grids, and they share the held-out samples.
@@ -215,7 +215,7 @@ def plan(recipe, options, config=None):
         words = (c if isinstance(c, str) else f"{c:,.2f}" for c in cells)
         return f"{name:<34}" + "".join(f"{word:>12}" for word in words)
 
-    def hours(flops, disk=0):  # GPU-hours at 40 and at 25 % of the card's peak
+    def hours(flops, disk=0):  # GPU-hours at these shares of the card's peak
         wait = gpus * disk / options.disk / 1e9
         return [(flops / (u * tflops * 1e12) + wait) / 3600 for u in REACHED]
 
@@ -229,7 +229,7 @@ def plan(recipe, options, config=None):
     fit = [k for k in range(2, most + 1, 2) if recipe.batch // gpus % k == 0]
     words = "fits" if n in fit else "DOES NOT FIT"
     yield row(f"  micro-batch {n} {words}; largest:", str(max(fit, default="none")))
-    yield "\n" + row("an iteration", "PFLOP", "s at 40 %", "s at 25 %")
+    yield "\n" + row("an iteration", "PFLOP", *(f"s at {100 * u:g} %" for u in REACHED))
     for name, found in (("  heads", heads), ("  heads and student", both)):
         flops = found.flops * recipe.batch
         yield row(name, flops / 1e15, *(3600 * h / gpus for h in hours(flops)))
@@ -250,7 +250,7 @@ def plan(recipe, options, config=None):
         "zimage.evaluate": (FINAL, 0, 3 * 1000 * 5 * 3 * height * width),  # PNGs, at most
         "base model and export": (0, 2 * PIPELINE, 2 * PIPELINE),
     }
-    yield "\n" + row("the whole path", "GB", "GPU-h, 40 %", "GPU-h, 25 %")
+    yield "\n" + row("the whole path", "GB", *(f"GPU-h, {100 * u:g} %" for u in REACHED))
     table = [(kept / 1e9, *hours(both.forward * k, disk)) for k, disk, kept in stages.values()]
     yield from (row(f"  {name}", *cells) for name, cells in zip(stages, table, strict=True))
     disk, *total = (sum(column) for column in zip(*table, strict=True))

@@ -4,7 +4,8 @@
 
 Prompts -> precompute -> 4 iterations -> SIGKILL -> resume, 2 more -> sample -> KID -> export ->
 stock diffusers, each stage by the command that users run. It ends with "ready", or with what is
-wrong. A temporary folder beside the picture holds all: two checkpoints, two students, an export.
+wrong. All lies in a temporary folder beside the picture, which needs room for two checkpoints, two
+students and an export. The picture stays, and a log beside it.
 """
 
 import contextlib
@@ -173,9 +174,10 @@ def main(argv=None):
     with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=options.out.parent) as place:
         seconds = rehearse(Path(place).absolute(), options, recipe, more, planned)
     best = planned.flops * recipe.batch / options.gpus / 1e12 / plan.CARDS[options.gpu][0]
-    reached = f": {best / seconds:.0%} reached" if here else ""
-    likely = f"{best / plan.REACHED[1]:.2f} s at {plan.REACHED[1]:.0%} of the peak"
-    print(f"an iteration: {seconds:.2f} s; {likely} of {options.gpus} x {options.gpu}{reached}")
+    reached = f": {100 * best / seconds:.0f} % reached" if here else ""
+    share = plan.REACHED[1]
+    at = f"planned {best / share:.2f} s at {100 * share:g} % of the peak"
+    print(f"an iteration: {seconds:.2f} s, {at} of {options.gpus} x {options.gpu}{reached}")
     print(f"{options.out}: teacher as by the stock pipeline, student, untrained student\nready")
 
 
