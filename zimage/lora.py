@@ -65,7 +65,7 @@ def merged(transformer):
 
 
 def save(transformer, folder, model, call, more):
-    """LoRA's weights alone, for `ZImagePipeline.load_lora_weights(folder)`, and CARD, filled in."""
+    """LoRA's weights alone, for `load_lora_weights`, and CARD with model, call and more."""
     with ladd.replacing(folder) as part:
         layers = get_peft_model_state_dict(transformer)
         ZImagePipeline.save_lora_weights(part, transformer_lora_layers=layers)

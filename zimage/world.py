@@ -212,8 +212,8 @@ class ZImageWorld(ladd.World):
         """A grid: the student by 1, 2 and 4 steps from the noise that the teacher's latents have.
         With --grid-prompts a second one, STEP-own.png.
 
-        To watch: variance@N of its latents and distance@N, squared, to the teacher's, both divided
-        by the teacher's variance. The measure of quality is `feature_kid`.
+        variance@N of its latents and the squared distance@N to the teacher's, each divided by the
+        teacher's variance, are to watch. The measure of quality is `feature_kid`.
         """
         x0, cond, noise = (v.to(self.device) for v in self.data.get(self.shown))
         steps = [n for n in (1, 2, 4) if n <= len(self.recipe.times)]
@@ -231,7 +231,7 @@ class ZImageWorld(ladd.World):
             metrics[f"distance@{n}"] = float((made - x0).square().mean() / x0.var())
             if not 0.5 <= variance <= 2:
                 collapse.append(f"variance@{n} {variance:.2f} is outside of 0.5 .. 2")
-        # Mean distance of samples at the last tap, by the teacher's: it falls as they grow alike.
+        # Mean distance of samples at the last tap, divided by the teacher's: less if more alike.
         maps = [self.half_noised(x, cond).flatten(1) for x in (made, x0)]
         fake, real = (torch.pdist(f).mean() for f in maps)
         diversity = metrics["feature_diversity"] = float(fake / real)
