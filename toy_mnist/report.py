@@ -1,4 +1,4 @@
-"""What a toy run leaves at its end: a table, report.json and report.png.
+"""What a toy run makes at its end: a printed table, report.json and report.png.
 
 python -m toy_mnist.report runs/ONE runs/OTHER --picture FILE      draw runs beneath each other
 """

@@ -4,7 +4,7 @@
     python -m zimage.curate mine.csv more.jsonl --out train.txt
 
 Duplicates, near-duplicates, over-long prompts and those with control characters go;
-train.dropped.tsv says which and why. The same command writes the same files.
+of your own files train.dropped.tsv says which and why. The same command writes the same files.
 """
 
 import csv

@@ -32,7 +32,7 @@ class ZImageRecipe(ladd.Recipe):
     lora_rank: int = field(0, "rank of a LoRA on the teacher's weights; 0 trains all weights")
 
 
-# The toy's terms and weights, and what is this size's own. Untested at this size. What is not named
+# The toy's terms and weights, and what is this size's own. Unproven at this size. What is not named
 # is the core's default, a guess here: that sweep had gen_every = 3.
 OWN = {
     "iterations": 20_000,  # a guess
