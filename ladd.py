@@ -149,8 +149,8 @@ class LastTap(Exception):
 def tapped(root, names, forward, early_exit=True):
     """Run forward() and return the outputs of root's modules `names`, in that order.
 
-    Activation checkpointing may run a module twice: its first output is kept. With early_exit the
-    pass ends at the last tap. UserError names a module that does not exist or does not run.
+    Of a module that runs twice the first output is kept. With early_exit the pass ends at the last
+    tap. UserError names a module that does not exist or does not run.
     """
     modules, outputs = dict(root.named_modules()), {}
     check(names, "taps = (): name the modules of the teacher that the heads read")
@@ -506,8 +506,7 @@ def misaligned_loss(state, world, recipe, b, real_logits):
 
     This ties the heads to the condition (misaligned pairs, SANA-Sprint, arXiv 2503.09641). Places 0
     and 1, 2 and 3, ... of the joint batch exchange their conditions. The teacher gets the wrong
-    condition too. Otherwise its features would carry the right one, and the heads could compare the
-    two conditions without a look at the sample.
+    condition too: otherwise its features would show the right one, whatever the sample is.
     """
     wrong = b.cond[(b.index - b.index[0]) ^ 1]  # a micro-batch starts at an even place
     wrong_cond = world.head_cond(wrong)
@@ -536,7 +535,7 @@ def distillation_loss(student, recipe, b, x0_hat):
     """DEPARTURE: squared error of the guess to a known target, divided by t^distill_power.
 
     Paired (stored noise): the target is x0, the teacher's sample that was made from it.
-    Unpaired at t = 1: with distill_own where all of the student's steps lead; else none.
+    Unpaired at t = 1: with distill_own where all its Euler steps lead; else none.
     Unpaired at t < 1: the x0 that the noise was added to; with backward simulation none.
     """
     known = b.paired | ((b.t < 1) & (not recipe.backward_simulation))
@@ -612,7 +611,8 @@ def clip_and_step(state, recipe, i, name):
 def count_skipped(state, i, norms):
     """Was a step left out? 1.0 or 0.0. UserError at the third such iteration in a row."""
     finite = all(map(math.isfinite, norms.values()))
-    state.skipped = 0 if finite else state.skipped + 1
+    if not finite or "student_grad_norm" in norms:  # an update of the heads alone clears nothing
+        state.skipped = 0 if finite else state.skipped + 1
     way_out = "start a new run with a lower student_lr or head_lr"
     check(state.skipped < 3, f"iteration {i + 1}: three non-finite gradients in a row: {way_out}")
     return float(not finite)
@@ -684,11 +684,11 @@ class World:
         return {}
 
     def save(self, student, run, name="student"):
-        """Write the student into the folder `run` by that name."""
+        """Write the student into the folder `run` by that name. Every rank calls it."""
         save_weights(Path(run) / f"{name}.safetensors", student.state_dict(), {"kind": "student"})
 
     def finish(self, student, run):
-        """The command line calls it after `train`: save the student, and report on it."""
+        """After `train`, by the command line on every rank: save the student, report on it."""
         self.save(student, run)
 
 
@@ -754,7 +754,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model, seen, new):
-        """After a step: `seen` samples in all, `new` of them since the last update."""
+        """After a step: `seen` samples in all, `new` of them per update."""
         for mean, p in zip(self.mean, model.parameters(), strict=False):
             keep = 0.5 ** (new / min(self.half_life, self.ramp * seen))
             mean.lerp_(p, 1 - keep)
@@ -949,8 +949,7 @@ def mean_over_ranks_(tensors):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A path beside `path` to write a file or folder to; at the end it takes path's place."""
-    path = Path(path)
+    """A Path beside `path` to write a file or folder to; at the end it takes path's place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -958,8 +957,10 @@ def replacing(path):
         os.umask(mask := os.umask(0))  # reading the mask means setting it
         for p in (part, *part.rglob("*")):  # safetensors writes files that others can't read
             p.chmod((0o777 if p.is_dir() else 0o666) & ~mask)
-        shutil.rmtree(path) if path.is_dir() else None
+        old = part.with_suffix(".old.part")
+        os.replace(path, old) if path.is_dir() else None  # whole, should a kill come now
         os.replace(part, path)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
 
@@ -1032,11 +1033,10 @@ def restore(state, run):
         dicts = {"model_state_dict": saved[name], "optim_state_dict": saved[f"{name}_opt"]}
         set_state_dict(getattr(state, name), getattr(state, f"{name}_opt"), **dicts)
     state.skipped, state.best = saved["skipped"], saved["best"]
-    log = run / "metrics.jsonl"  # loses the lines from after the checkpoint
+    log = run / "metrics.jsonl"  # loses a cut-off line, and those from after the checkpoint
     if rank() == 0 and log.exists():
         lines = log.read_text().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("}\n")]  # a kill may cut the last one off
-        kept = [line for line in whole if json.loads(line)["iteration"] <= done]
+        kept = [x for x in lines if x.endswith("}\n") and json.loads(x)["iteration"] <= done]
         with replacing(log) as part:
             part.write_text("".join(kept))
     return done

@@ -267,8 +267,7 @@ def test_tables_and_picture_hold_the_numbers_of_the_lines_alone(tmp_path):
     assert rows["relativistic"] == {**rows["relativistic"], **expected}
     assert rows["add"]["fid against"] == "untested (paper)"
     assert "77" not in text and "heads-narrow; lr-ratio-2; " in text
-    assert "10 runs, 1.0 hours" in text
-    assert (tmp_path / "benchmark.png").stat().st_size > 10_000
+    assert "10 runs, 1.0 hours" in text and (tmp_path / "benchmark.png").stat().st_size > 10_000
 
 
 def test_what_the_repository_reports_is_what_its_results_give(tmp_path):

@@ -575,11 +575,15 @@ def test_bad_input_is_one_line_and_no_run(tmp_path, capsys, word, words):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_written_has_the_modes_of_the_umask(tmp_path):
+def test_a_folder_has_the_modes_of_the_umask_and_is_replaced_whole(tmp_path, monkeypatch):
     os.umask(umask := os.umask(0))
-    with ladd.replacing(tmp_path / "a" / "folder") as part:
-        part.mkdir(mode=0o700)
-        (part / "file").touch(0o600)
+    removed, rmtree = [], shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda p, **how: removed.append(p) or rmtree(p, **how))
+    for _ in range(2):
+        with ladd.replacing(tmp_path / "a" / "folder") as part:
+            part.mkdir(mode=0o700)
+            (part / "file").touch(0o600)
+    assert tmp_path / "a/folder" not in removed and len([*(tmp_path / "a").iterdir()]) == 1
     for path in (tmp_path / "a").rglob("*"):
         want = 0o777 if path.is_dir() else 0o666
         assert path.stat().st_mode & 0o777 == want & ~umask, path

@@ -300,8 +300,7 @@ def test_every_epoch_shows_every_sample_in_batches_of_one_size(batch):
     assert sorted(sum(held_out, [])) == list(range(183, 203))
     assert max(map(len, held_out)) == min(batch, 5)
     kinds = [{(made.sizes[i], adapter.padded_length(made.lengths[i])) for i in b} for b in held_out]
-    assert all(len(each) == 1 for each in kinds)
-    assert epochs[0] == epochs[2] != epochs[1]
+    assert all(len(each) == 1 for each in kinds) and epochs[0] == epochs[2] != epochs[1]
     assert made.epoch_batches(0, batch, 6) != epochs[0]
     if batch > 1:  # other company, not only another order
         assert len({frozenset(map(frozenset, batches)) for batches in epochs}) == 2
@@ -406,8 +405,7 @@ def test_a_stopped_evaluation_goes_on(place, judged, tmp_path, monkeypatch):
         stops = Mock(wraps=adapter.decode, side_effect=[*[DEFAULT] * 13, KeyboardInterrupt])
         patch.setattr(adapter, "decode", stops)
         assert judge(run) == 130 and not (run / "report.json").exists()
-    assert len(list(run.rglob("*.png"))) == 13
-    assert judge(run) == 0
+    assert len(list(run.rglob("*.png"))) == 13 and judge(run) == 0
     for row, one in zip(rows(run), rows(judged), strict=True):
         assert row["kid"] == pytest.approx(one["kid"], abs=1e-9) and row["clip"] == []
     monkeypatch.setattr(adapter, "load_transformer", None)  # all images are there
