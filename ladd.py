@@ -443,7 +443,7 @@ def train_step(state, world, recipe, i, micro_batch=None, losses=None):
     if student_turn:
         state.heads.requires_grad_(False)
         for b in batches:
-            if size < n:
+            if size < n:  # of several micro-batches no graph was kept
                 x0_hat, fake = guess(state.student, world, b, True)
             backward(*loss_of_student(state, world, recipe, b, fake, x0_hat))
         state.heads.requires_grad_(True)
@@ -508,7 +508,7 @@ def misaligned_loss(state, world, recipe, b, real_logits):
     and 1, 2 and 3, ... of the joint batch exchange their conditions. The teacher gets the wrong
     condition too: otherwise its features would show the right one, whatever the sample is.
     """
-    wrong = b.cond[(b.index - b.index[0]) ^ 1]  # a micro-batch starts at an even place
+    wrong = b.cond[torch.arange(len(b.index)) ^ 1]  # a micro-batch starts at an even place
     wrong_cond = world.head_cond(wrong)
     differs = (wrong_cond != world.head_cond(b.cond)).any(1)  # [B]
     with torch.no_grad():
@@ -635,7 +635,7 @@ def reader_indices(n, start, count, seed):
 
 
 class World:
-    """Teacher, data and evaluation. Your own must define `batch`, and its recipe taps."""
+    """Teacher, data, evaluation; its recipe is `train`'s. Your own must define `batch` and taps."""
 
     reference = None  # the recipe that config.json lists the differences from (None: Recipe())
     head = Head  # the class of each head: one built and called like `Head`
@@ -732,7 +732,7 @@ class State:
 
 def adamw(model, recipe):
     """AdamW with a state from the start; else `get_state_dict` would take a step to make it."""
-    fused = next(model.parameters()).is_cuda or None  # torch's default makes large temporaries
+    fused = next(model.parameters()).is_cuda or None  # on a GPU the default makes large temporaries
     betas = (recipe.beta1, recipe.beta2)
     opt = torch.optim.AdamW(model.parameters(), 0.0, betas, weight_decay=0.0, fused=fused)
     for p in model.parameters():
