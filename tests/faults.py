@@ -580,6 +580,22 @@ FAULTS = [
     ),
     Fault(
         0,
+        "the benchmark judges the teacher, not the student",
+        "toy_mnist/benchmark.py",
+        "line = judged(toy, student,",
+        "line = judged(toy, toy.teacher,",
+        "test_benchmark.py::test_finished_runs_are_lines_and_are_not_run_again",
+    ),
+    Fault(
+        0,
+        "the curve is judged by the report's real images",
+        "toy_mnist/world.py",
+        "self.judge(x, label, curve=True)",
+        "self.judge(x, label, curve=False)",
+        "test_toy.py::test_signs_of_collapse",
+    ),
+    Fault(
+        0,
         "an old folder is removed before the new one takes its place",
         "ladd.py",
         "os.replace(path, old) if path.is_dir()",

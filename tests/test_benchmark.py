@@ -193,18 +193,23 @@ def test_real_digits_are_of_the_samples_labels_and_none_that_the_judge_knows(arg
 
 
 def test_finished_runs_are_lines_and_are_not_run_again(argv, tmp_path, capsys):
-    chosen = ["--only", "relativistic", "teacher, Heun", "--seeds", "1"]
+    chosen = ["--only", "heads-normed", "teacher, Heun", "--seeds=1", "--student-lr=0.1"]
     code, (game, teacher) = bench(argv, *chosen)
-    assert (code, game["setting"], teacher["setting"]) == (0, "relativistic", "teacher, Heun")
+    assert (code, game["setting"], teacher["setting"]) == (0, "heads-normed", "teacher, Heun")
     assert all([*game[figure]] == ["4", "2", "1"] for figure in tables.FIGURES)
     assert game["collapsed"] and game["first_alarm"] == 1 and game["samples"]["nfe"] >= 2
     assert [*teacher["fid"]] == ["8", "4", "2", "1"] and not [*tmp_path.glob("*/checkpoints")]
     assert all(2 * int(n) - 1 <= nfe <= 4 * int(n) - 2 for n, nfe in teacher["nfe"].items())
+    toy, run = make_toy(argv, "heads-normed"), next(tmp_path.glob("heads-normed-1-*/"))
+    student, drawn = toy.make_student().eval(), toy.draw_noise(200, 1, "judge")
+    student.net.load_state_dict(ladd.load_weights(run / "student.safetensors", "toy student")[0])
+    x, _ = toy.run_sampler(toy.sample_student(2), student, *drawn, "judge it again")
+    assert toy.judge(x, drawn[1])["fid"] == pytest.approx(game["fid"]["2"], rel=1e-4)
     capsys.readouterr()
     assert bench(argv, *chosen) == (0, [game, teacher])
     assert capsys.readouterr().out.count(f"seed 1: in {tmp_path / 'r.jsonl'} already") == 2
     (tmp_path / "r.jsonl").write_text(json.dumps(teacher) + "\n")
-    with FileLock(tmp_path / "relativistic-1-3x4.lock"):  # another process is at it
+    with FileLock(next(tmp_path.glob("heads-normed-1-*.lock"))):  # another process is at it
         assert bench(argv, *chosen) == (0, [teacher])
     assert bench(argv, *chosen)[1][1]["fid"] == game["fid"]
 

@@ -92,8 +92,7 @@ def test_a_world_of_ones_own_trains_as_it_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"teacher": Teacher().requires_grad_(False), "data": torch.randn(100, 4)}
     exec(code.replace("iterations=500", "iterations=2"), names)
-    assert names["x0"].shape == (16, 4)
-    assert max(ladd.checkpoints(tmp_path / "runs/mine")) == 2
+    assert names["x0"].shape == (16, 4) and max(ladd.checkpoints(tmp_path / "runs/mine")) == 2
 
 
 def test_the_ring_of_docs_is_distilled_and_drawn(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ Start the same command several times to have as many runs at once. Fields of the
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import platform
 import shutil
@@ -67,8 +68,9 @@ def distil(toy, run):
 def run_one(setting, seed, options):
     """Run a setting with one seed and add its line, unless it is there or another is at it."""
     recipe = settings.recipe_for(setting, options.budget, seed)
-    run = options.out / f"{setting.name}-{seed}-{recipe.iterations}x{recipe.batch}"
     line = {"setting": setting.name, "seed": seed, **tables.identity(setting, options.budget)}
+    key = hashlib.sha256(json.dumps(line).encode()).hexdigest()[:8]  # a budget has its own folder
+    run = options.out / f"{setting.name}-{seed}-{key}"
     results = options.results
 
     def sampler(k):
@@ -82,7 +84,7 @@ def run_one(setting, seed, options):
         toy = setting.make_world(recipe, options)
         teacher = setting.world in settings.SAMPLERS
         line |= judged(toy, toy.teacher, sampler, setting.steps) if teacher else distil(toy, run)
-        line["device"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
+        line["device"] = f"{platform.machine()}, {options.dtype}, {torch.get_num_threads()} threads"
         with FileLock(results.with_suffix(".lock")), ladd.replacing(results) as part:
             lines = [*tables.read_lines(results), line]
             part.write_text("".join(json.dumps(each) + "\n" for each in lines))
@@ -113,6 +115,7 @@ def parse(argv):
 def budget_of(options):
     """What all runs that are compared have in common."""
     given = ladd.given(options, settings.Ablation)
+    ladd.check("seed" not in given, "--seed: the seeds of the runs are --seeds")
     recipe = dataclasses.replace(settings.BASE, **given)
     toy = world.make_world(recipe, options, options.device)
     budget = {name: getattr(recipe, name) for name in ("iterations", "batch", "samples", *given)}

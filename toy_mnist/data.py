@@ -38,9 +38,9 @@ def load_mnist(root=None, train=True):
     folder = Path(given or "data").expanduser()
     try:
         data = MNIST(folder, train=train, download=not given)
-    except (RuntimeError, OSError) as error:  # not there, no network, a damaged file
+    except (RuntimeError, OSError, ValueError, AssertionError) as error:  # also a damaged file
         raise ladd.UserError(
-            f"MNIST is not in {folder.resolve()} ({str(error).splitlines()[0][:120]}): "
+            f"MNIST is not in {folder.resolve()} ({' '.join(str(error).split())[:120]}): "
             "name the folder that holds MNIST/raw by --data-root DIR or LADD_DATA=DIR"
         ) from error
     return data.data, data.targets

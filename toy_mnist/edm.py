@@ -183,17 +183,13 @@ def sample_heun(velocity, noise, n, label):
 
 @torch.no_grad()
 def sample_dpm(velocity, noise, n, label):
-    """DPM-Solver++(2M), diffusers' own, on EDM's levels: n evaluations, noise -> x0 [B,...]"""
-    from diffusers import EDMDPMSolverMultistepScheduler  # slow to import
-
-    scheduler = EDMDPMSolverMultistepScheduler(SIGMA_MIN, SIGMA_MAX, rho=RHO, solver_order=2)
-    scheduler.set_timesteps(n)
-    sd = scheduler.config.sigma_data
-    x = noise * SIGMA_MAX
-    for sigma, step in zip(scheduler.sigmas[:n].tolist(), scheduler.timesteps, strict=True):
-        # The scheduler turns a network's output into c_skip x + c_out output. That must be D.
-        c_skip = sd**2 / (sigma**2 + sd**2)
-        c_out = sigma * sd / math.sqrt(sigma**2 + sd**2)
-        output = (denoise(velocity, x, sigma, label) - c_skip * x) / c_out
-        x = scheduler.step(output, step, x).prev_sample
+    """DPM-Solver++(2M) (arXiv 2211.01095) on EDM's levels: n evaluations, noise -> x0 [B,...]"""
+    sigmas = [*sigma_grid(n).tolist(), 0.0]
+    x = before = noise * sigmas[0]
+    for k, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        x0 = target = denoise(velocity, x, sigma, label)
+        if 0 < k < n - 1:  # the first step and the last are Euler's
+            ratio = math.log(sigma / sigma_next) / math.log(sigmas[k - 1] / sigma)
+            target = x0 + ratio / 2 * (x0 - before)
+        x, before = target + sigma_next / sigma * (x - target), x0
     return x

@@ -39,11 +39,11 @@ def load_file(folder, name):
     """(tensors, about) of folder/name.safetensors, checked by sha256.txt where the folder has one.
 
     about["sha256"] is that of the tensors alone."""
-    path = Path(folder) / f"{name}.safetensors"
+    path = Path(folder).expanduser() / f"{name}.safetensors"
     sums = path.with_name("sha256.txt")
     if sums.exists():
         same = path.exists() and sum_line(path) in sums.read_text()
-        ladd.check(same, f"{path}: not the file that {sums.name} tells of; restore both")
+        ladd.check(same, f"{path}: missing, or not the file of {sums.name}; restore both")
     tensors, about = ladd.load_weights(path, f"toy {name}")
     return tensors, {**about, "sha256": hashlib.sha256(save(tensors)).hexdigest()}
 

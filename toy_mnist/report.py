@@ -71,7 +71,7 @@ def in_words(world, rows):
         "",
         f"FID divided by that of {rows[0]['name']}: " + ", ".join(ratios) + ".",
         f"A row has {n:,} images, compared with 10,000 real ones by features of the toy's judge.",
-        f"{count:,} real ones: FID {floor:.2f}, hue entropy {world.judge.hue_entropy:.3f}.",
+        f"{count:,} real ones: FID {floor:.2f}; 10,000: hue entropy {world.judge.hue_entropy:.3f}.",
         f"Teacher: guided by {r.guidance:g} for {r.guidance_low:g} <= t <= {r.guidance_high:g}.",
         f"Student: not guided. {rows[0]['name']} is judged on other noise.",
     ]
@@ -100,11 +100,15 @@ def draw(world, run, student, rows):
 
 def compare(runs, picture):
     """A picture with a row for each run: its last samples, FID, hue entropy and losses."""
+    import toy_mnist.settings  # noqa: F401 (adds the benchmark's losses, which runs may have)
+
     judge, figure = Judge(), Figure(figsize=(18, 3.5 * len(runs)), layout="constrained")
     rows = figure.subplots(len(runs), 4, sharey="col", squeeze=False)
     for (left, *others), run in zip(rows, runs, strict=True):
         lines, recipe = read_log(run), json.loads((run / "config.json").read_text())["recipe"]
-        left.imshow(Image.open(max((run / "samples").glob("*.png"))))
+        grids = sorted((run / "samples").glob("*.png"))
+        ladd.check(grids, f"{run}: has no samples; train it with a lower --evaluate-every")
+        left.imshow(Image.open(grids[-1]))
         left.set_title(f"{run.name}: two rows each of 4, 2 and 1 steps", fontsize=12)
         left.axis("off")
         for ax, curve in zip(others, curves(judge, recipe, (4, 2, 1))[:3], strict=True):
@@ -132,7 +136,7 @@ def curves(judge, recipe, steps):
     taps = {f"accuracy/{tap}": tap for tap in recipe["taps"]}
     return [
         ("FID of 1,000 images", fid, judge.curve_floor, "real images", "log"),
-        ("hue entropy", hue, judge.hue_entropy, "real images", "linear"),
+        ("hue entropy", hue, judge.hue_entropy, "10,000 real images", "linear"),
         ("loss", losses, chance, "heads at chance", "linear"),
         ("accuracy of the heads", taps, 0.5, "chance", "linear"),
     ]

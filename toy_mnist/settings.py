@@ -26,10 +26,8 @@ ladd.LOSSES["nonsaturating"] = (  # arXiv 1406.2661
     lambda real, fake: F.softplus(-real) + F.softplus(fake),
     lambda real, fake: F.softplus(-fake),
 )
-ladd.LOSSES["wasserstein"] = (  # arXiv 1701.07875; unbounded without a gradient penalty
-    lambda real, fake: fake - real,
-    lambda real, fake: -fake,
-)
+# arXiv 1701.07875; unbounded without a gradient penalty
+ladd.LOSSES["wasserstein"] = (lambda real, fake: fake - real, lambda real, fake: -fake)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock
 from torchvision.utils import save_image
-from tqdm import tqdm
 
 import ladd
 from toy_mnist import progress, report
@@ -102,8 +101,7 @@ class ToyWorld(ladd.World):
         self.judge = Judge(options.weights, self.device)
 
     def features(self, x_t, t, cond):
-        velocity = self.teacher
-        return ladd.tapped(velocity.net, self.recipe.taps, lambda: velocity(x_t, t, cond))
+        return ladd.tapped(self.teacher.net, self.recipe.taps, lambda: self.teacher(x_t, t, cond))
 
     def anchor(self, x_t, t, label):
         return self.guide(self.teacher)(x_t, t, label)
@@ -220,7 +218,7 @@ class ToyWorld(ladd.World):
             metrics |= {f"{k}@{steps}": v for k, v in figures.items()}
             grids.append(self.sample_grid(student, sampler, rows=2))
         draw(torch.cat(grids), run / "samples" / f"{step:07d}.png")
-        tqdm.write(f"iteration {step}  " + "  ".join(f"{k} {v:.3g}" for k, v in metrics.items()))
+        ladd.print0(f"iteration {step}  " + "  ".join(f"{k} {v:.3g}" for k, v in metrics.items()))
         distances = [v for k, v in metrics.items() if k.startswith("fid@")]
         most = self.reported_steps()[0]  # one step may be poor for long
         least = {f"hue_entropy@{most}": 0.95 * self.judge.hue_entropy, f"accuracy@{most}": 0.8}
@@ -241,7 +239,9 @@ class ToyWorld(ladd.World):
         """--sample: a grid from a finished run."""
         done = (run / "student.safetensors").exists()
         ladd.check(done, f"--sample: {run} holds no finished student; train it, or --resume it")
-        tensors, _ = ladd.load_weights(run / "student.safetensors", "toy student")
+        tensors, about = ladd.load_weights(run / "student.safetensors", "toy student")
+        same = about["config"] == self.about["config"]
+        ladd.check(same, f"--weights: {run} was trained from another teacher")
         student = self.make_student().eval()
         student.net.load_state_dict(tensors)
         picture = run / f"sample-{steps}.png"
