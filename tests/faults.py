@@ -764,10 +764,26 @@ FAULTS = [
     ),
     Fault(
         0,
+        "a run that is being made longer is taken for ended",
+        "zimage/sample.py",
+        " and done == recipe.iterations",
+        "",
+        "test_zimage.py::test_a_run_that_cannot_be_exported_is_refused",
+    ),
+    Fault(
+        0,
+        "images are drawn at one size whatever the data's",
+        "zimage/sample.py",
+        'run.made_of["latents.resolution"][0]',
+        '"48"',
+        "test_zimage_night.py::test_a_night_goes_on_where_it_was_stopped",
+    ),
+    Fault(
+        0,
         "a Z-Image student is judged against its own noise's images",
         "zimage/evaluate.py",
-        "others = seeds[1:] + (seeds[:1] if len(seeds) > 1 else [seeds[0] + 1])",
-        "others = seeds",
+        "others = [*wanted[teacher][1:], wanted[teacher][0]]",
+        "others = wanted[teacher]",
         "test_zimage_data.py::test_figures_equal_independent_ones",
     ),
     Fault(

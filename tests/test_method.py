@@ -220,8 +220,7 @@ def test_renoising_by_hand():
     v = tiny.Recorder(lambda x, t, c: x)
     noises = {1: f64(6)[:, None], 2: f64(10)[:, None]}
     x0 = ladd.sample_euler(v, f64(8)[:, None], [1, 0.5, 0.25], None, noises.get)
-    assert [float(x) for x, _, _ in v.calls] == [8, 3, 3.625]
-    assert float(x0) == 3.625 * 0.75
+    assert [float(x) for x, _, _ in v.calls] == [8, 3, 3.625] and float(x0) == 3.625 * 0.75
 
 
 @pytest.mark.parametrize("sampler", ["euler", "renoise"])

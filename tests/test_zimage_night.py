@@ -19,7 +19,7 @@ from tiny import start
 from zimage import evaluate, plan, precompute, rehearse, sweep
 
 TINY = "--taps 1,3 --head-width 16 --batch 4 --device cpu --dtype float32 --lr-warmup 0".split()
-JUDGE = "--resolution 32 --teacher-steps 2 --device cpu --dtype float32"
+JUDGE = "--teacher-steps 2 --device cpu --dtype float32"
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def night(model, tmp_path, monkeypatch):
     (exit code, commands run). until: the number of commands before Ctrl-C."""
     (tmp_path / "prompts.txt").write_text("a cat\nan owl\ntea\na harbour in the evening\n")
     words = ["--model", model, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "data"]
-    assert start(precompute.main, *words, "--steps", 3, *JUDGE.split()[:2], *TINY[6:10]) == 0
+    assert start(precompute.main, *words, "--steps", 3, "--resolution", 32, *TINY[6:10]) == 0
     (tmp_path / "file").write_text("# two\nplain\n\nfast --student-lr 1e-2  # ten times\n")
     monkeypatch.setattr(evaluate, "inception", lambda *_: rehearse.stand_in)
     mean = ladd.mean_metrics
@@ -155,6 +155,7 @@ def test_a_night_goes_on_where_it_was_stopped(night, tmp_path):
         reports = [json.loads(path.read_text()) for path in runs]
         kid = [report["rows"][1]["kid_mean"] for report in reports]
         assert [report["conditions"]["seeds"] for report in reports] == [[3], [4]]
+        assert {report["conditions"]["resolution"] for report in reports} == {"32x32"}  # the data's
         words = f"{statistics.mean(kid):.5f} +- {statistics.stdev(kid):.5f}"
         assert row["kid"] == words and row["gb"] == "5.00" and row["seeds"] == "3,4"
     assert "student-lr 1e-2" in rows[1]["settings"] and rows[0]["kid"] != rows[1]["kid"]
@@ -196,5 +197,4 @@ def test_a_night_that_cannot_be_is_refused_before_it(night, tmp_path, capsys, no
         "a": "no network",
     }.items():
         (tmp_path / "file").write_text(text)
-        assert night() == (2, [])
-        assert says in capsys.readouterr().err
+        assert night() == (2, []) and says in capsys.readouterr().err

@@ -139,10 +139,9 @@ class Latents:
         self.places = {}  # of a sample: its shard, and its place there
         self.sizes, self.lengths = [None] * len(self), [0] * len(self)
         for shard in shards:
+            size = shard["height"] // adapter.PIXELS, shard["width"] // adapter.PIXELS
             for k, (i, length) in enumerate(zip(shard["indices"], shard["lengths"], strict=True)):
-                self.places[i] = shard["name"], k
-                self.sizes[i] = shard["height"] // adapter.PIXELS, shard["width"] // adapter.PIXELS
-                self.lengths[i] = length
+                self.places[i], self.sizes[i], self.lengths[i] = (shard["name"], k), size, length
         # Kept: epoch 0, which is asked for its length, and today's.
         self.epoch_batches = functools.lru_cache(2)(self.epoch_batches)
 
@@ -159,7 +158,8 @@ class Latents:
                 x0.append(f.get_tensor(f"latent.{k}").float())
                 captions.append(f.get_tensor(f"caption.{k}").clone())  # no view of the mapped file
                 vectors.append(f.get_slice(f"vector.{self.vector}")[k].clone())
-        noise = [adapter.noise_for(self.about["seed"], i, *self.sizes[i]) for i in indices]
+        key = "data", self.about["seed"]  # no judge's
+        noise = [adapter.noise_for(key, i, *self.sizes[i]) for i in indices]
         return torch.stack(x0), adapter.Prompts(captions, torch.stack(vectors)), torch.stack(noise)
 
     def read(self, start, count, batch, seed):

@@ -69,8 +69,8 @@ def inception(folder, device):
 
 def judge(wanted, folders, prompts, options, features, clip):
     """The rows of the report. wanted: {Way: seeds}, the teacher first."""
-    seeds, rows = options.seeds, []
-    others = seeds[1:] + (seeds[:1] if len(seeds) > 1 else [seeds[0] + 1])
+    teacher, rows = next(iter(wanted)), []
+    others = [*wanted[teacher][1:], wanted[teacher][0]]
     settings = {"num_workers": 0, "batch_size": 32, "device": options.device, "verbose": False}
     paths, found = {}, {}  # of a way and a seed: the images, and their features
     for way, own_seeds in wanted.items():
@@ -78,10 +78,9 @@ def judge(wanted, folders, prompts, options, features, clip):
             paths[way, seed] = [png(folders[way], seed, i) for i in range(len(prompts))]
             of_seed = get_files_features(paths[way, seed], features, **settings)
             found[way, seed] = of_seed.astype("float64")
-    teacher = next(iter(wanted))
     for way in wanted:
         row = {"name": way.name, "steps": way.steps, "nfe": way.nfe, "kid": [], "clip": []}
-        for seed, other in zip(seeds, others, strict=True):
+        for seed, other in zip(options.seeds, others, strict=False):
             own, real = found[way, seed], found[teacher, other]
             # One subset of all images: subsets would add noise, and no information.
             row["kid"].append(kernel_distance(own, real, 1, len(own)))
@@ -96,8 +95,8 @@ def judge(wanted, folders, prompts, options, features, clip):
     return rows
 
 
-def markdown(rows, conditions):
-    """The rows as a table, and how they were measured in words."""
+def markdown(rows, c):
+    """The rows as a table, and the conditions c under which they were measured in words."""
 
     def shown(row, name, digits):
         mean, std = row[f"{name}_mean"], row[f"{name}_std"]
@@ -108,7 +107,6 @@ def markdown(rows, conditions):
     for r in rows:
         figures = f"{shown(r, 'kid', 5)} | {shown(r, 'clip', 2)}"
         lines.append(f"| {r['name']} | {r['steps']} | {r['nfe']} | {figures} |")
-    c = conditions
     words = (
         f"After {c['iteration']} iterations. KID on clean-fid's Inception, {c['images']} images of "
         f"{c['resolution']} per seed, seeds {c['seeds']} (mean +/- standard deviation), against "

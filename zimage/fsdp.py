@@ -55,11 +55,9 @@ def load_teacher(folder, config, dtype, device, sharded):
 
 @torch.no_grad()
 def fill(p, w):
-    """Copy w into p. Where a rank has a part of p, it has w whole or the same part of it."""
-    if isinstance(p, DTensor):
-        if not isinstance(w, DTensor):
-            w = distribute_tensor(w, p.device_mesh, p.placements, src_data_rank=None)
-        p, w = p.to_local(), w.to_local()
+    """Copy w into p. p may be sharded; w is whole, or sharded alike."""
+    if isinstance(p, DTensor) and not isinstance(w, DTensor):
+        w = distribute_tensor(w, p.device_mesh, p.placements, src_data_rank=None)
     p.copy_(w)
 
 

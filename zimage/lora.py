@@ -34,12 +34,12 @@ def size(transformer, rank):
     return sum(rank * (m.in_features + m.out_features) for m in linear)
 
 
-class LoraVelocity(nn.Module):
+class LoraVelocity(ZImageVelocity):
     """velocity(x_t, t, cond) of a transformer's copied modules and shared weights, and of LoRA.
     `parameters` are LoRA's alone: they are what is trained, averaged and saved."""
 
     def __init__(self, transformer, rank, dtype):
-        super().__init__()
+        super().__init__(None, dtype)
         student = copy.deepcopy(transformer, {id(p): p for p in transformer.parameters()})
         student.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LAYERS)))
         self.lora = nn.ParameterList(p for p in student.parameters() if p.requires_grad)
@@ -47,12 +47,8 @@ class LoraVelocity(nn.Module):
             p.data = p.data.float()  # peft makes them in W's dtype: bfloat16 loses small updates
             if ladd.world_size() > 1:
                 dist.broadcast(p.data, 0)
-        # Past nn.Module, which would take them for submodules.
+        # Past nn.Module, which would take it for a submodule.
         object.__setattr__(self, "transformer", student)
-        object.__setattr__(self, "velocity", ZImageVelocity(student, dtype))
-
-    def forward(self, x_t, t, cond):
-        return self.velocity(x_t, t, cond)
 
 
 def merged(transformer):

@@ -203,6 +203,7 @@ def fake_rank(recipe, options):
 def plan(recipe, options, config=None):
     """Yields the lines of --plan. options: the command line; config: as in `trace`."""
     ladd.check(options.prompts > 0, f"--prompts {options.prompts}: give at least 1")
+    ladd.check(options.disk > 0, f"--disk {options.disk:g}: give more than 0")
     with fake_rank(recipe, options) as settings:
         n = settings.micro_batch
         heads, both = (trace(recipe, options, n, turn, config) for turn in (False, True))

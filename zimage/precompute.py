@@ -1,7 +1,7 @@
 """Make the teacher's samples for training: prompts -> text features and latents, in shards.
 
     python -m zimage.precompute --model Tongyi-MAI/Z-Image --prompts train.txt --out data
-    torchrun --nproc-per-node 8 -m zimage.precompute ...    a GPU makes every 8th shard
+    torchrun --nproc-per-node 8 -m zimage.precompute ...    each GPU an eighth of the shards
 
 After a kill the same command goes on where it was: whole shards stay, and what is made again comes
 out alike. `python ladd.py --zimage --plan` says beforehand what it will cost.
@@ -61,7 +61,7 @@ def make_shard(pipe, clip, shard, prompts, options):
     h, w = shard["height"] // adapter.PIXELS, shard["width"] // adapter.PIXELS
     for rows in adapter.batches(shard["lengths"], options.batch):
         some, indices = [captions[k] for k in rows], [shard["indices"][k] for k in rows]
-        noise = torch.stack([adapter.noise_for(options.seed, i, h, w) for i in indices])
+        noise = torch.stack([adapter.noise_for(("data", options.seed), i, h, w) for i in indices])
         settings = null, noise, options.steps, options.guidance
         latents = adapter.sample_teacher(pipe, some, *settings).half().cpu()
         message = f"samples {indices}: a latent is not finite in float16"

@@ -56,11 +56,13 @@ def launch(gpus, words, log, until=None):
             with contextlib.suppress(psutil.NoSuchProcess):
                 family = [process, *process.children(recursive=True)]
                 for each in family:
-                    each.kill()
-                psutil.wait_procs(family)
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        each.kill()
+                psutil.wait_procs(family, timeout=10)  # PID 1 of a container may keep zombies
     text = log.read_bytes()[start:].decode(errors="replace")
-    said = re.findall(r"^ladd: (.*)", text, re.M) or re.findall(r"^.*\wError: .*", text, re.M)
-    why = (said or [f"exit code {process.returncode}"])[-1]
+    said = re.findall(r"^ladd: (?!stopped)(.*)", text, re.M)  # torchrun stops the other ranks
+    said = said or re.findall(r"^.*\wError: .+", text, re.M)
+    why = (said or [f"exit code {process.returncode}"])[0]
     check(killed or process.returncode == 0, f"{why}; see {log}")
     return text
 

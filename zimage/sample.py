@@ -37,8 +37,9 @@ def open_run(folder, model=None):
     recipe = ladd.recipe_from(world.ZImageRecipe, folder / "config.json")
     made_of = json.loads((folder / "config.json").read_text())["data"]
     check("latents.model" in made_of, f"{folder}: no run of Z-Image; give one, like runs/first")
-    ended = (folder / "student" / "config.json").exists()
-    check(ended, f"{folder}: no student/ yet; go on with it by --resume --name {folder.name}")
+    done = max(ladd.checkpoints(folder), default=recipe.iterations)  # fewer: it is made longer now
+    ended = (folder / "student" / "config.json").exists() and done == recipe.iterations
+    check(ended, f"{folder}: it has not ended; go on with it by --resume --name {folder.name}")
     model = str(model or made_of["latents.model"])
     base = adapter.model_folder(model)
     same = adapter.model_fingerprint(base) == made_of["teacher"]
@@ -122,7 +123,7 @@ def add_sampling_arguments(parser):
     add("--teacher-steps", type=positive, metavar="N", help="its steps (default: the data's)")
     text = "the teacher's w, 1 for none: guidance_scale + 1 (default: the data's)"
     add("--guidance", type=float, metavar="W", help=text)
-    add("--resolution", type=adapter.parse_size, default="512", help="512 or 640x384 pixels (512)")
+    add("--resolution", type=adapter.parse_size, help="512 or 640x384 pixels (default: the data's)")
     add("--batch", type=positive, default=4, help="images per pass (default: %(default)s)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
     add("--dtype", choices=("bfloat16", "float32"), help="(default: the device's)")
@@ -134,6 +135,8 @@ def fill_in(options, run):
     w = run.made_of["latents.guidance"] if options.guidance is None else options.guidance
     check(1 <= w < float("inf"), f"--guidance {w}: give a number from 1 (no guidance)")
     options.guidance = w
+    if not options.resolution:
+        options.resolution = adapter.parse_size(run.made_of["latents.resolution"][0])
     options.steps = options.steps or [n for n in (4, 2, 1) if n <= len(run.recipe.times)]
     for n in options.steps:
         ladd.step_times(run.recipe.times, n)

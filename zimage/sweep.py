@@ -96,6 +96,7 @@ def main(argv=None):
         row += [f"{max(gigabytes):.2f}" if max(gigabytes) else "-"]
         row += [f"{statistics.fmean(seconds):.0f}", "kept" if mean + spread < mark else "dropped"]
         with ladd.replacing(results) as part:
+            text = results.read_text() if results.exists() else text  # another sweep's lines too
             part.write_text(text + "\t".join(row) + "\n")
         print("\t".join(row), flush=True)
     ladd.check(not failed, f"{len(failed)} settings failed, the first is {''.join(failed[:1])}")
