@@ -21,7 +21,7 @@ import ladd
 from ladd import UserError, check
 from zimage import adapter
 
-KIND, SHARD_KIND = "zimage data 2", "zimage shard 2"
+KIND, SHARD_KIND = "zimage data 3", "zimage shard 3"  # 3: with noise that no judge draws
 ENDINGS = ".txt", ".jsonl", ".csv", ".tsv"  # of files of prompts
 NAMES = "prompt", "caption", "text"  # of a prompt in a table or an object; the first one counts
 
