@@ -44,7 +44,7 @@ def data(model, tmp_path_factory):
     (folder / "prompts.txt").write_text("".join(lines))
     argv = ["--model", model, "--prompts", folder / "prompts.txt", "--out", folder / "made"]
     argv += ["--resolution", "64,96x64", "--steps", 3, "--guidance", 3, "--shard-size", 4]
-    assert tiny.start(precompute.main, *argv, "--dtype", "float32", "--device", "cpu") == 0
+    assert tiny.start(precompute.main, *argv, "--seed=1", "--dtype=float32", "--device=cpu") == 0
     return folder / "made"
 
 
@@ -284,7 +284,7 @@ def test_signs_of_collapse_are_named(model, data, tmp_path):
     signs = [sign.split()[0] for sign in metrics["collapse"]]
     assert signs == ["variance@1", "variance@2", "variance@4", "feature_diversity"]
     assert metrics["feature_diversity"] < 0.8 < healthy["feature_diversity"]
-    assert abs(metrics["feature_kid"] - healthy["feature_kid"]) > 1  # too few samples to say more
+    assert metrics["feature_kid"] > 2 * healthy["feature_kid"]
     assert metrics["score"] == metrics["feature_kid"] and metrics["score_error"] > 0
 
 
@@ -371,7 +371,7 @@ def test_a_lora_run_ends_in_a_whole_student_and_in_a_lora_with_its_card(adapted,
         exec(each, names)  # what the card tells its reader to run
         torch.testing.assert_close(names["image"].images, want, rtol=0, atol=1e-4)
     untrained = ladd.sample_student(ZImageVelocity(pipe.transformer), zworld.ZIMAGE, z, cond, 4)
-    assert (untrained - want).abs().max() > 1e-3
+    assert (untrained - want).abs().max() > 0.01
 
 
 EVEN = {"time_probs": (0.4, 0.2, 0.2, 0.2), "warmup": 0, "gen_every": 1, "batch": 12}
