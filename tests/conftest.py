@@ -18,6 +18,12 @@ sys.path[:0] = PLACES
 os.environ["PYTHONPATH"] = os.pathsep.join(PLACES)
 
 
+def pytest_collection_modifyitems(items):
+    """The long files first: then the processes that share them end together."""
+    long = "test_readme", "test_zimage", "test_zimage_night", "test_zimage_plan"
+    items.sort(key=lambda item: item.path.stem not in long)
+
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     """The folder of a tiny Z-Image pipeline."""

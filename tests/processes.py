@@ -3,12 +3,15 @@
 import datetime
 import multiprocessing
 import os
+import runpy
+import socket
 import sys
 
 import torch
 import torch.distributed as dist
 
 FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["test_run", "test_zimage", "zimage.precompute", "zimage.rehearse"])
 
 
 class Child(FORKS.Process):
@@ -53,3 +56,31 @@ def on_ranks(size, folder, work, *args):
         assert code == 0, printed
     paths = [folder / f"{work.__name__}-{size}-{rank}.pt" for rank in range(size)]
     return [torch.load(path, weights_only=False) for path in paths]
+
+
+def command(words, log, told):
+    """What `python WORDS` does, with its output into `log`. told: what torchrun tells a rank."""
+    os.environ.update(told)
+    os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), 1)
+    os.dup2(1, 2)
+    sys.argv = words[words[0] in ("-m", "-c") :]
+    if words[0] == "-c":
+        exec(words[1], {})
+    run = runpy.run_module if words[0] == "-m" else runpy.run_path
+    run(sys.argv[0], run_name="__main__")
+
+
+def forked(gpus, words, log):
+    """What `python WORDS` prints on so many ranks, as under torchrun; it goes to the end of log."""
+    log.touch()
+    before, words = log.read_text(), [*map(str, words)]
+    with socket.create_server(("localhost", 0)) as free:
+        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    told = [{**place, "RANK": str(k), "WORLD_SIZE": str(gpus)} for k in range(gpus)]
+    ranks = [FORKS.Process(target=command, args=(words, log, each), daemon=True) for each in told]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(300)
+        assert process.exitcode == 0, log.read_text()
+    return log.read_text()[len(before) :]

@@ -23,7 +23,6 @@ import ladd
 import tiny
 from processes import FORKS, Child, on_ranks
 
-FORKS.set_forkserver_preload(["test_run"])
 FIELDS = {"iterations": 6, "batch": 12, "student_lr": 0.01, "head_lr": 0.02, "lr_warmup": 3}
 RECIPE = tiny.make_recipe(**FIELDS, lr_decay="cosine")
 
@@ -357,11 +356,8 @@ def command_at_once(barrier, out, *words):
 
 def two_starts(folder, *words):
     """How two starts at once end, in order of their exit codes: (code, what it printed, seed)."""
-    barrier, out = FORKS.Barrier(2), folder / "out"
-    starts = [
-        Child(folder / f"log-{seed}", command_at_once, barrier, out, f"--seed={seed}", *words)
-        for seed in (1, 2)
-    ]
+    both, seeds = (command_at_once, FORKS.Barrier(2), folder / "out"), ("--seed=1", "--seed=2")
+    starts = [Child(folder / f"log{seed}", *both, seed, *words) for seed in seeds]
     return sorted((*start.ended(), seed) for seed, start in enumerate(starts, 1))
 
 

@@ -20,11 +20,10 @@ from torch.utils._pytree import tree_flatten_with_path
 import ladd
 import tiny
 import tiny_zimage
-from processes import FORKS, on_ranks
+from processes import on_ranks
 from zimage import adapter, export, fsdp, lora, plan, precompute, sample, world as zworld
 from zimage.adapter import Prompts, ZImageVelocity
 
-FORKS.set_forkserver_preload(["test_zimage"])
 BATCH = 12
 TINY = f"--taps 1,3 --head-width 16 --batch {BATCH} --dtype float32 --device cpu".split()
 TINY += "--lr-warmup 0 --log-every 1 --evaluate-every 0 --checkpoint-every 2".split()

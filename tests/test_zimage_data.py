@@ -4,8 +4,6 @@ a kill costs a shard, the reader's promises, figures equal independent ones."""
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +17,7 @@ import torch
 from cleanfid.resize import build_resizer
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 from PIL import Image
+from processes import forked
 from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPProcessor, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -181,12 +180,9 @@ def test_a_kill_loses_the_shard_in_work_alone(place, tmp_path, monkeypatch, caps
 
 def test_two_ranks_make_the_same_data_as_one(place, tmp_path):
     out = tmp_path / "out"
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    words += ["-m", "zimage.precompute", *arguments(place, out, "--clip", place.clip)]
-    done = subprocess.run([*map(str, words)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    said = done.stdout.count("11 samples"), done.stdout.count("are there")
-    assert said == (1, 1)  # rank 0 talks for all
+    words = ["-m", "zimage.precompute", *arguments(place, out, "--clip", place.clip)]
+    said = forked(2, words, tmp_path / "log")
+    assert said.count("11 samples") == said.count("are there") == 1  # rank 0 talks for all
     assert contents(out).keys() == contents(place.made).keys()
     for path in out.glob("shard*"):
         one, two = load_file(path), load_file(place.made / path.name)

@@ -1,11 +1,7 @@
-"""What is run before a long run and over a night, on the tiny pipeline: the rehearsal by processes
-of its own, the sweep within this one."""
+"""The rehearsal before a long run, and the sweep over a night, on the tiny pipeline."""
 
 import json
-import os
-import runpy
 import statistics
-import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -14,7 +10,7 @@ from PIL import Image
 
 import ladd
 import tiny_zimage
-from processes import FORKS
+from processes import forked
 from tiny import start
 from zimage import evaluate, plan, precompute, rehearse, sweep
 
@@ -28,31 +24,9 @@ def no_inception(monkeypatch):
     monkeypatch.setattr(evaluate, "inception", offline)
 
 
-FORKS.set_forkserver_preload(["zimage.rehearse", "zimage.precompute", "zimage.lora"])
-
-
-def command(words, log):
-    """What `python WORDS` does, with its output into `log`."""
-    os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), 1)
-    os.dup2(1, 2)
-    sys.argv = words[words[0] in ("-m", "-c") :]
-    if words[0] == "-c":
-        exec(words[1], {})
-    run = runpy.run_module if words[0] == "-m" else runpy.run_path
-    run(sys.argv[0], run_name="__main__")
-
-
-def launch(gpus, words, log, until=None):
-    """`rehearse.launch` for one rank, in half its time."""
-    before = log.read_text()
-    process = FORKS.Process(target=command, args=([*map(str, words)], log), daemon=True)
-    process.start()
-    while process.exitcode is None and not (until and until.exists()):
-        process.join(0.1)
-    process.kill()
-    process.join()
-    assert process.exitcode == (-9 if until else 0), log.read_text()
-    return log.read_text()[len(before) :]
+def launch(gpus, words, log, until=None, real=rehearse.launch):
+    """`rehearse.launch` in half its time. What is killed is a command of its own."""
+    return real(gpus, words, log, until) if until else forked(gpus, words, log)
 
 
 @pytest.mark.parametrize("gpus, recipe", [(1, "zimage-lora"), (2, "zimage-clip")])
@@ -66,8 +40,7 @@ def test_a_rehearsal_goes_the_whole_path(
         return found
 
     monkeypatch.chdir(Path(ladd.__file__).parent)
-    if gpus == 1:  # two ranks are commands of their own
-        monkeypatch.setattr(rehearse, "launch", launch)
+    monkeypatch.setattr(rehearse, "launch", launch)
     real_trace = plan.trace
     monkeypatch.setattr(plan, "trace", trace)
     options = ["--model", model, "--gpus", gpus, "--out", tmp_path / "all.png", "--recipe", recipe]
@@ -85,10 +58,8 @@ def test_a_rehearsal_goes_the_whole_path(
     assert f"by each of {gpus} ranks" in log and log.count("going on from") == 1
     assert [log.count(f"iteration {i} of 6") for i in (1, 2, 3, 4, 6)] == [1] * 5
     assert ", planned 4.00 s at 25 % of the peak of" in said[-3]
-    left = {path.name for path in tmp_path.iterdir()} - {"clip"}
-    assert left == {"all.log", "all.png"}
-    with Image.open(tmp_path / "all.png") as picture:
-        assert picture.size == (3 * 300, 4 * 300)
+    assert {path.name for path in tmp_path.iterdir()} - {"clip"} == {"all.log", "all.png"}
+    assert Image.open(tmp_path / "all.png").size == (3 * 300, 4 * 300)
 
 
 def test_what_is_wrong_is_said_in_one_line(tmp_path):
