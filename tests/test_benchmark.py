@@ -179,7 +179,7 @@ def test_adds_heads_read_a_classifier_of_clean_images(argv, monkeypatch):
 
 
 def test_real_digits_are_of_the_samples_labels_and_none_that_the_judge_knows(argv, monkeypatch):
-    assert world.UNSEEN == 2 * judge.REFERENCE + judge.CURVE
+    assert world.UNSEEN == 2 * judge.REFERENCE + judge.CURVE_REFERENCE
     label = torch.arange(60) % 10
     grey = (4 * torch.arange(60)).byte()[:, None, None].expand(60, 28, 28)  # told by brightness
     monkeypatch.setattr(world, "load_mnist", lambda root: (grey, label))

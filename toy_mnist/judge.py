@@ -25,7 +25,7 @@ from toy_mnist.data import ColorMNIST, image_hue, load_mnist
 
 WEIGHTS = Path(__file__).parent / "weights"
 REFERENCE = 10_000  # real images that the report compares with
-CURVE = 2_000  # and others, that only a run's curve is compared with
+CURVE_REFERENCE = 2_000  # others, which only a run's curve is compared with
 FLOOR_AT = (1_000, 2_000, 5_000, 10_000)  # counts of images for which the floor is measured
 PAINTED = -2  # the epoch that paints them, unlike any of the training
 
@@ -121,7 +121,7 @@ def real_features(net, data):
     count of images, and those after them are the curve's.
     """
     n = min(REFERENCE, len(data) // 3)
-    index = torch.arange(min(2 * n + CURVE, len(data)))
+    index = torch.arange(min(2 * n + CURVE_REFERENCE, len(data)))
     f = torch.cat([features_of(net, data.batch(k, PAINTED)[0]) for k in index.split(500)])
     second, stored = f[n : 2 * n], f.half().float()
     reference, curve = stored[:n], stored[2 * n :]

@@ -270,7 +270,7 @@ ABLATIONS = [
 REPORT = {**PAPER, "guidance": 4.0, "guidance_low": 0.0, "guidance_high": 1.0, "samples": 10_000}
 REPORT |= {"student_lr": 1e-4, "head_lr": 5e-5, "adv_weight": 0.1, "distill_weight": 1.0}
 NINE = ("enc.0", "enc.1", "enc.2", "enc.3", "mid.1", "dec.0", "dec.1", "dec.2", "dec.3")
-KEPT = {  # of each experiment, what was not kept, and what the report leaves open besides
+NOTES = {  # on each experiment: what is kept, what is not, what the report leaves open
     1: "kept: five small heads on early features; not kept: 1x1 convolutions with pooling",
     2: "kept: four heads of 7.6M in all (there 7.4M), a warm-up of adv_weight; open: taps, warm-up",
     4: "kept: nine heads of 5.0M in all (there 5.1M); not kept: spectral norm; open: samples, taps",
@@ -282,7 +282,7 @@ KEPT = {  # of each experiment, what was not kept, and what the report leaves op
 def experiment(number, rescue=("paired_share", 1.0), **changes):
     """An experiment of the report, and the same with one change to save it."""
     name, changes = f"experiment-{number}", {**REPORT, **changes}
-    yield Setting(name, "experiments", changes, KEPT[number], "normed")
+    yield Setting(name, "experiments", changes, NOTES[number], "normed")
     rescued = {**changes, rescue[0]: rescue[1]}
     yield Setting(f"{name}-rescue", "experiments", rescued, "", "normed", name)
 

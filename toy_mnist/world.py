@@ -23,7 +23,7 @@ SHAPE = (3, 28, 28)
 CHUNK = 250  # images sampled at once
 PART = 500  # samples of the teacher between two writes of the cache
 CURVE = 1000  # images behind each judged point of a run's curve
-UNSEEN = 22_000  # the judge compares with MNIST's digits before this one: none is shown
+UNSEEN = 22_000  # `--real data` shows MNIST's digits from here on; the judge has those before
 
 
 @dataclasses.dataclass(frozen=True)

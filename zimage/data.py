@@ -163,9 +163,9 @@ class Latents:
         return torch.stack(x0), adapter.Prompts(captions, torch.stack(vectors)), torch.stack(noise)
 
     def read(self, start, count, batch, seed):
-        """`get` of the places start .. start + count - 1 of an endless reader, which has no state:
-        place p lies in joint batch p // batch. All of a joint batch have one size, and one padded
-        caption length unless it straddles two of them. The places asked for are of one batch."""
+        """`get` of the places start .. start + count - 1, all in one joint batch, of an endless
+        reader without state. Place p lies in joint batch p // batch. Its images have one size. Its
+        captions have one padded length, or two where a batch lies across both."""
         number, place = divmod(start, batch)
         epoch, k = divmod(number, len(self.epoch_batches(0, batch, seed)))  # all have as many
         return self.get(self.epoch_batches(epoch, batch, seed)[k][place : place + count])

@@ -65,7 +65,7 @@ class Trace(TorchDispatchMode):
     def __init__(self, shares=()):
         super().__init__()
         self.live = WeakIdKeyDictionary()  # {storage: [its group]}
-        self.peak = self.bound = self.flops = 0  # most bytes at once; no fewer than there are now
+        self.peak = self.bound = self.flops = 0  # most live bytes so far; upper bound now
         self.at_peak, self.groups = [], Counter()
         self.shares, self.share = iter(shares), 1
 
