@@ -884,6 +884,14 @@ FAULTS = [
     ),
     Fault(
         0,
+        "a rehearsal kills torchrun and leaves its ranks alive",
+        "zimage/rehearse.py",
+        "*process.children(recursive=True)",
+        "",
+        "test_zimage_night.py::test_a_rehearsal_goes_the_whole_path[2-zimage-clip]",
+    ),
+    Fault(
+        0,
         "a sweep keeps a setting that is better by less than the spread",
         "zimage/sweep.py",
         '"kept" if mean + spread < mark',
