@@ -58,11 +58,9 @@ def on_ranks(size, folder, work, *args):
     return [torch.load(path, weights_only=False) for path in paths]
 
 
-def command(words, log, told):
-    """What `python WORDS` does, with its output into `log`. told: what torchrun tells a rank."""
+def command(words, told):
+    """What `python WORDS` does. told: what torchrun tells a rank."""
     os.environ.update(told)
-    os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), 1)
-    os.dup2(1, 2)
     sys.argv = words[words[0] in ("-m", "-c") :]
     if words[0] == "-c":
         exec(words[1], {})
@@ -72,15 +70,17 @@ def command(words, log, told):
 
 def forked(gpus, words, log):
     """What `python WORDS` prints on so many ranks, as under torchrun; it goes to the end of log."""
-    log.touch()
-    before, words = log.read_text(), [*map(str, words)]
+    ranks, words, text = [], [*map(str, words)], ""
     with socket.create_server(("localhost", 0)) as free:
         place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-    told = [{**place, "RANK": str(k), "WORLD_SIZE": str(gpus)} for k in range(gpus)]
-    ranks = [FORKS.Process(target=command, args=(words, log, each), daemon=True) for each in told]
+    for k in range(gpus):
+        told = {**place, "RANK": str(k), "LOCAL_RANK": str(k), "WORLD_SIZE": str(gpus)}
+        ranks.append(Child(log.with_name(f"{log.name}-{k}"), command, words, told))
     for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(300)
-        assert process.exitcode == 0, log.read_text()
-    return log.read_text()[len(before) :]
+        code, printed = process.ended()
+        assert code == 0, printed
+        text += printed
+        process.log.unlink()
+    with open(log, "a") as file:
+        file.write(text)
+    return text

@@ -61,7 +61,7 @@ def test_the_commands_run_with_sizes_reduced(tmp_path, monkeypatch):
     digits = torch.zeros(22_100, 28, 28).byte(), torch.arange(22_100) % 10
     monkeypatch.setattr("toy_mnist.world.load_mnist", lambda root: digits)
     monkeypatch.chdir(tmp_path)
-    all_steps = ladd.sample_euler  # of which four do
+    all_steps = ladd.sample_euler  # four of them are enough here
     monkeypatch.setattr(ladd, "sample_euler", lambda v, x, t, *more: all_steps(v, x, t[:4], *more))
     monkeypatch.setattr(evaluate, "inception", lambda *_: lambda x: x[:, :, ::8, ::8].flatten(1))
     tiny_zimage.save(tmp_path / "model")

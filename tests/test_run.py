@@ -356,8 +356,8 @@ def command_at_once(barrier, out, *words):
 
 def two_starts(folder, *words):
     """How two starts at once end, in order of their exit codes: (code, what it printed, seed)."""
-    both, seeds = (command_at_once, FORKS.Barrier(2), folder / "out"), ("--seed=1", "--seed=2")
-    starts = [Child(folder / f"log{seed}", *both, seed, *words) for seed in seeds]
+    start = command_at_once, FORKS.Barrier(2), folder / "out"
+    starts = [Child(folder / f"log-{k}", *start, f"--seed={k}", *words) for k in (1, 2)]
     return sorted((*start.ended(), seed) for seed, start in enumerate(starts, 1))
 
 
