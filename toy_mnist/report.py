@@ -149,12 +149,12 @@ def read_log(run):
 def draw_curve(ax, lines, batch, title, names, level, meaning, scale):
     """One plot of metrics over the images seen. lines: those of metrics.jsonl."""
     for key, label in names.items():
-        points = [(line["iteration"] * batch, line[key]) for line in lines if key in line]
+        points = [(line["iteration"] * batch / 1000, line[key]) for line in lines if key in line]
         if points:
             ax.plot(*zip(*points, strict=True), label=label, marker=".")
     ax.axhline(level, color="grey", linestyle="--", label=meaning)
     ax.set_xlim(0, None)
-    ax.set_xlabel("images seen", fontsize=12)
+    ax.set_xlabel("thousand images seen", fontsize=12)
     ax.set_ylabel(title, fontsize=12)
     if scale == "log":
         ax.set_yscale("log", subs=(2, 3, 5, 7))  # few labels
